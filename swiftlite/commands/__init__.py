@@ -1,0 +1,1 @@
+"""One module per command, each a short `main(options) -> exit code` that composes the parts below."""

@@ -1,0 +1,23 @@
+"""Settings of the engine, with defaults that work; what can be derived is derived where it is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits and sizes. None means: derived at load from the model and the machine."""
+
+    max_model_len: int | None = None  # tokens of prompt plus answer
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048  # token budget of one step
+    block_size: int = 16  # tokens a KV block
+    enable_prefix_caching: bool = True
+    kv_cache_memory: int | None = None  # bytes
+    num_blocks: int | None = None  # overrides the memory sizing (tests)
+    gpu_memory_utilization: float = 0.9
+    max_lora_rank: int = 512
+    max_logprobs: int = 20
+    max_n: int = 128
+    max_waiting: int = 4096  # queued requests; one more is refused

@@ -1,0 +1,212 @@
+"""Every flag of every command, defined once: one frozen dataclass per concern.
+
+A field's annotation is the flag's type (`bool`, `int`, `float`, `str`, `tuple[str, ...]`, each `| None` where unset has a
+meaning of its own), its default is the default, its help text stands beside it. `COMMANDS` says which concerns a command
+takes. Nothing here is imported that costs start-up time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def opt(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """One flag. `choices` are checked by the parser."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and in which arithmetic."""
+
+    model: str | None = opt(None, "model: a directory, a hub id, or 'tiny-chat' (bundled)")
+    model_type: str | None = opt(None, "SWIFT name of the model, e.g. qwen2_5-0_5b-instruct; gives the hub id and the served name")
+    model_revision: str | None = opt(None, "branch, tag or commit on the hub")
+    use_hf: bool = opt(False, "look on Hugging Face first (default: ModelScope first); also USE_HF=1")
+    torch_dtype: str = opt("auto", "arithmetic; auto measures bfloat16 against float32 on this machine", DTYPES)
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How a conversation becomes tokens."""
+
+    template: str | None = opt(None, "built-in template's name; default: the tokenizer's own chat template")
+    system: str | None = opt(None, "system prompt, or a .txt file that holds it; a row's own system message wins")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Rows to train or evaluate on."""
+
+    dataset: tuple[str, ...] = opt((), "path or id[:subset][#n], several allowed: jsonl, json, csv, txt, folder, hub id, self-cognition")
+    val_dataset: tuple[str, ...] = opt((), "the same, for evaluation; default: split off by --split_dataset_ratio")
+    split_dataset_ratio: float = opt(0.01, "share of the rows held out for evaluation when there is no --val_dataset")
+    train_dataset_sample: int = opt(-1, "use only this many training rows (-1: all)")
+    val_dataset_sample: int = opt(-1, "use only this many evaluation rows (-1: all)")
+    self_cognition_sample: int = opt(0, "add this many rows that say who the model is (needs --model_name and --model_author)")
+    model_name: tuple[str, ...] = opt((), "the model's new name: Chinese then English, or one for both")
+    model_author: tuple[str, ...] = opt((), "who made it: Chinese then English, or one for both")
+    columns: str | None = opt(None, 'rename columns: a JSON object, e.g. \'{"text1": "query"}\'')
+    max_length: int | None = opt(None, "longest row in tokens; default: 2048, or the model's limit where that is less")
+    truncation_strategy: str = opt("delete", "a longer row is dropped (delete) or cut (left, right)", ("delete", "left", "right"))
+    loss_scale: str = opt(
+        "default", "which turns are learnt: every assistant turn, the last, or all text", ("default", "last_round", "all")
+    )
+    strict: bool = opt(False, "fail on the first bad row instead of counting it")
+    dataset_shuffle: bool = opt(True, "shuffle the training rows")
+    data_seed: int = opt(42, "seed of sampling, splitting and shuffling")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What was trained before."""
+
+    ckpt_dir: str | None = opt(None, "checkpoint of `swift sft` (adapter or full model); its settings are taken over")
+    adapters: tuple[str, ...] = opt((), "LoRA adapters, as name=directory or directory")
+    merge_lora: bool = opt(False, "merge --ckpt_dir's adapter into its base first, into <ckpt_dir>-merged")
+    load_args: bool = opt(True, "take model, template and system from the checkpoint's settings")
+    load_dataset_config: bool = opt(False, "take the datasets from the checkpoint's settings too")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What is trained."""
+
+    tuner_type: str = opt("lora", "low-rank adapters, or all weights", ("lora", "full"))
+    target_modules: tuple[str, ...] = opt(("all-linear",), "linears that get an adapter: all-linear, names, or one regular expression")
+    modules_to_save: tuple[str, ...] = opt((), "modules trained whole and saved beside the adapter, e.g. embed_tokens lm_head")
+    lora_rank: int = opt(8, "rank of the adapters")
+    lora_alpha: float = opt(32, "the adapter's output is scaled by alpha / rank")
+    lora_dropout: float = opt(0.0, "dropout on the adapter's input")
+    use_rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The training loop."""
+
+    output_dir: str = opt("output", "runs go to <output_dir>/<model>/vN-<time>/")
+    add_version: bool = opt(True, "make a new vN-<time> folder per run; false: write straight into --output_dir")
+    num_train_epochs: float = opt(1.0, "passes over the data")
+    max_steps: int = opt(-1, "stop after this many optimizer steps (-1: by epochs)")
+    per_device_train_batch_size: int = opt(1, "rows a forward pass; with --packing, the token budget of so many rows of mean length")
+    per_device_eval_batch_size: int = opt(1, "rows a forward pass in evaluation")
+    gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default: about 16 rows a step")
+    packing: bool = opt(True, "fill every forward pass with whole rows up to its token budget; rows never see each other")
+    learning_rate: float | None = opt(None, "peak learning rate; default 1e-4 for lora, 1e-5 for full")
+    lr_scheduler_type: str = opt("cosine", "schedule after warm-up", ("cosine", "linear", "constant"))
+    warmup_ratio: float = opt(0.05, "share of the steps that warm up")
+    warmup_steps: int = opt(0, "warm-up steps; wins over --warmup_ratio")
+    weight_decay: float = opt(0.1, "AdamW's weight decay (matrices only)")
+    adam_beta1: float = opt(0.9, "AdamW")
+    adam_beta2: float = opt(0.95, "AdamW")
+    adam_epsilon: float = opt(1e-8, "AdamW")
+    max_grad_norm: float = opt(1.0, "clip the gradient's norm (0: never)")
+    gradient_checkpointing: bool | None = opt(None, "recompute activations to save memory; default: only when it would not fit")
+    logging_steps: int = opt(5, "log every so many steps")
+    eval_steps: int | None = opt(None, "evaluate every so many steps; default: as --save_steps")
+    save_steps: int = opt(50, "save a checkpoint every so many steps; the last step is always saved")
+    save_total_limit: int | None = opt(2, "keep the best and the newest checkpoints, at most so many (unset: 2)")
+    save_only_model: bool = opt(False, "leave out the optimizer's state (no resuming)")
+    resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
+    report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, or none")
+    seed: int = opt(42, "seed of initialisation and dropout")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How answers are sampled; unset values come from the model's generation_config.json."""
+
+    max_new_tokens: int | None = opt(None, "longest answer in tokens; default: what the context leaves")
+    temperature: float | None = opt(None, "0 is greedy")
+    top_p: float | None = opt(None, "nucleus sampling")
+    top_k: int | None = opt(None, "sample among so many (0 or -1: all)")
+    min_p: float | None = opt(None, "drop tokens below this share of the best one's probability")
+    repetition_penalty: float | None = opt(None, "above 1 discourages tokens already seen")
+    stop_words: tuple[str, ...] = opt((), "strings that end an answer")
+    stream: bool = opt(True, "print the answer as it grows")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The serving engine."""
+
+    infer_backend: str = opt("auto", "native (also pt, transformers), or vllm where it is installed", ("auto", "native", "vllm"))
+    max_model_len: int | None = opt(None, "longest prompt plus answer; default: the model's limit, or what memory allows")
+    max_num_seqs: int = opt(256, "requests that run at once")
+    max_num_batched_tokens: int = opt(2048, "token budget of one step (a longer prompt is prefilled in chunks)")
+    block_size: int = opt(16, "tokens a KV block")
+    enable_prefix_caching: bool = opt(True, "reuse the KV blocks of shared prompt beginnings")
+    kv_cache_memory: float | None = opt(None, "GiB for the KV cache; default: from what is free")
+    gpu_memory_utilization: float = opt(0.9, "share of the GPU's memory that the engine may use")
+    max_lora_rank: int = opt(512, "largest adapter rank that is accepted")
+    quant: str | None = opt(None, "quantize the linears at load: int8", ("int8",))
+    tensor_parallel_size: int = opt(1, "GPUs a model is split over (vllm backend)")
+
+
+@dataclass(frozen=True)
+class InferOptions:
+    """`swift infer`."""
+
+    result_path: str | None = opt(None, "where a batch run writes its jsonl; default: <ckpt_dir>/infer_result/<time>.jsonl")
+    max_batch_size: int = opt(64, "requests in flight in a batch run")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """The HTTP server."""
+
+    host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = opt(8000, "port to listen on")
+    api_key: str | None = opt(None, "clients must send this key as a bearer token")
+    served_model_name: str | None = opt(None, "name of the base model in /v1/models; default: --model_type or the directory's name")
+    owned_by: str = opt("swift", "owner shown in /v1/models")
+    max_logprobs: int = opt(20, "most log-probabilities a request may ask for")
+    verbose: bool = opt(False, "log every request")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """`swift export`."""
+
+    to_peft_format: bool = opt(False, "write <ckpt_dir>-peft, a plain PEFT directory")
+    quant_bits: int = opt(0, "quantize to so many bits (8 or 4)")
+    quant_method: str = opt("awq", "how", ("awq", "rtn"))
+    group_size: int = opt(128, "weights that share one scale (4 bit)")
+    export_dir: str | None = opt(None, "where to write; default: beside the checkpoint")
+    exist_ok: bool = opt(False, "replace an existing result")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """`swift bench`."""
+
+    batch_size: str = opt("1,8,32", "batch sizes, comma-separated")
+    input_output_len: str = opt("128,64", 'cases "input,output;input,output" in tokens')
+    num_prompts: int = opt(0, "serve so many requests of mixed lengths instead")
+    request_rate: float = opt(0.0, "requests a second (0: all at once)")
+    json: str | None = opt(None, "also write the figures to this file")
+
+
+COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "sft": (
+        "fine-tune a model (LoRA or all weights)",
+        (ModelOptions, DataOptions, TemplateOptions, LoraOptions, TrainOptions, CheckpointOptions),
+    ),
+    "infer": (
+        "chat in the terminal, or answer a dataset",
+        (ModelOptions, CheckpointOptions, TemplateOptions, GenerationOptions, InferOptions, EngineOptions, DataOptions),
+    ),
+    "deploy": (
+        "serve base and adapters over the OpenAI API",
+        (ModelOptions, CheckpointOptions, TemplateOptions, ServerOptions, GenerationOptions, EngineOptions),
+    ),
+    "app-ui": ("chat in the browser", (ModelOptions, CheckpointOptions, TemplateOptions, ServerOptions, GenerationOptions, EngineOptions)),
+    "export": ("merge, convert or quantize a checkpoint", (ModelOptions, CheckpointOptions, TemplateOptions, ExportOptions, DataOptions)),
+    "bench": ("measure prefill, decode and serving speed", (ModelOptions, CheckpointOptions, BenchOptions, EngineOptions)),
+}
