@@ -14,6 +14,7 @@ import os
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from swiftlite.errors import UsageError
@@ -168,7 +169,7 @@ def build_parser(command: str, flags: dict[str, Flag]) -> argparse.ArgumentParse
 def read_file(path: str) -> dict[str, Any]:
     """A YAML or JSON file of flags. Its `ENV` map (SWIFT's) is put into the environment."""
     try:
-        text = open(path, encoding="utf-8").read()
+        text = Path(path).read_text(encoding="utf-8")
         if path.endswith(".json"):
             content = json.loads(text)
         else:
