@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -62,11 +63,12 @@ def test_every_alias_and_no_effect_flag_leads_somewhere():
 
 
 def test_swift_2x_command_of_the_guide_parses(capsys):
-    argv = [
-        "--model_type", "llama2-7b-chat", "--dataset", "sharegpt-gpt4-mini", "--train_dataset_sample", "1000", "--logging_steps", "5",
-        "--max_length", "4096", "--learning_rate", "5e-5", "--warmup_ratio", "0.4", "--output_dir", "output", "--lora_target_modules", "ALL",
-        "--self_cognition_sample", "500", "--model_name", "小黄", "Xiao Huang", "--model_author", "魔搭", "ModelScope",
-    ])  # fmt: skip
+    command = (
+        "--model_type llama2-7b-chat --dataset sharegpt-gpt4-mini --train_dataset_sample 1000 --logging_steps 5 --max_length 4096 "
+        "--learning_rate 5e-5 --warmup_ratio 0.4 --output_dir output --lora_target_modules ALL --self_cognition_sample 500 "
+        "--model_name 小黄 'Xiao Huang' --model_author 魔搭 ModelScope"
+    )
+    options = parse("sft", shlex.split(command))
     assert options.model_type == "llama2-7b-chat" and options.dataset == ("sharegpt-gpt4-mini",) and options.learning_rate == 5e-5
     assert options.target_modules == ("all-linear",) and options.model_name == ("小黄", "Xiao Huang")
     assert options.given("max_length") and not options.given("seed")
