@@ -1,11 +1,22 @@
-"""What a user asks of the engine and what comes back. Names and meanings follow vLLM's where both have them."""
+"""What a user asks of the engine and what comes back, and what the step loop keeps of it meanwhile.
+
+SamplingParams, CompletionOutput and RequestOutput are public; names and meanings follow vLLM's where both have them. Request
+and Sequence belong to the loop: a Request has n Sequences, and a Sequence is described by three lengths, cached <= computed <=
+total, from which prefill, chunk, decode and cache hit follow without mode flags. This module imports no torch.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from swiftlite.errors import RequestError
+
+if TYPE_CHECKING:
+    from swiftlite.engine.detok import Detokenizer
+    from swiftlite.engine.lora import AdapterVersion
+    from swiftlite.engine.sampler import SamplingState
 
 
 def _check(condition: bool, what: str, param: str) -> None:
@@ -71,7 +82,15 @@ class SamplingParams:
         )
         _check(self.seed is None or -(2**63) <= self.seed < 2**64, "seed must fit in 64 bits", "seed")
         _check(all(isinstance(s, str) and s for s in self.stop), "stop must hold non-empty strings", "stop")
-        _check(self.logprobs is None or self.logprobs >= 0, "logprobs must be at least 0", "logprobs")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check(count is None or (isinstance(count, int) and count >= 0), f"{name} must be at least 0, got {count!r}", name)
+        if self.logit_bias is not None:
+            try:  # JSON objects have string keys
+                self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+            except (AttributeError, TypeError, ValueError):
+                raise RequestError("logit_bias must map token ids to numbers", param="logit_bias") from None
+            _check(not any(map(math.isnan, self.logit_bias.values())), "logit_bias must hold numbers", "logit_bias")
 
     @property
     def greedy(self) -> bool:
@@ -113,3 +132,53 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprob | None] | None = None  # None for the first token
     error: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # arrival, first_token, finished: seconds (monotonic)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One submitted prompt while the loop works on it. Only the loop's thread writes; streams read."""
+
+    id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    adapter: AdapterVersion | None
+    stop_ids: frozenset[int]  # ids that end an answer: end-of-turn ids (unless ignore_eos) and params.stop_token_ids
+    arrival: float  # seconds, monotonic
+    sequences: list[Sequence] = field(default_factory=list)
+    siblings_pending: bool = False  # n > 1 and the first sequence's prompt is not computed yet
+    num_cached: int = 0  # prompt tokens found in the prefix cache
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    first_token: float = 0.0
+    finished_at: float = 0.0
+    error: str | None = None
+    version: int = 0  # counts changes that a stream may want to show
+    finished: bool = False  # set last, after everything it owned is released
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: `token_ids` holds prompt and answer, `num_computed` of them have their K/V in `block_table`."""
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    prompt_len: int
+    max_len: int  # it ends by length when this many tokens are there
+    adapter: AdapterVersion | None
+    sampling: SamplingState
+    detok: Detokenizer
+    order: int  # arrival; the youngest (largest) is preempted first
+    root: bytes = b""  # seed of the prefix hash: adapter and salt
+    block_table: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # chained hash of every full computed block
+    num_cached: int = 0
+    num_computed: int = 0
+    running: bool = False
+    forked: bool = False  # its partial block may be shared: look before writing
+    step: int = -1  # the last step it was scheduled in
+    text_end: int = 0  # answer tokens that are text (the stop token is not)
+    logprobs: list[TokenLogprob] | None = None
+    cumulative_logprob: float = 0.0
+    stop_reason: int | str | None = None
+    finish_reason: str | None = None
