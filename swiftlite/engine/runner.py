@@ -1,0 +1,110 @@
+"""From the scheduler's choice to logits: loads the model, sizes the KV cache and turns scheduled sequences into one flat batch.
+
+Rows are ordered so that each adapter's sequences are neighbours; logits come back in the scheduler's order whatever the row order.
+This module does not know why something was scheduled and does not sample.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from swiftlite.engine.attention_cpu import SequenceSlice
+from swiftlite.engine.bridge import NAME, Bridge, ForwardBatch
+from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.kv import KVCache, available_memory
+from swiftlite.errors import ModelError
+from swiftlite.models.loading import load_model
+
+if TYPE_CHECKING:
+    from swiftlite.engine.scheduler import Scheduled
+
+CPU_SHARE = 0.25  # of the memory that is free after loading
+
+
+class Runner:
+    """A loaded model with its KV cache. Raises ModelError on models that the engine cannot run or memory that cannot hold them."""
+
+    def __init__(self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.model = load_model(model_dir, dtype, device, NAME)
+        self.bridge = Bridge(self.model, device, config.max_model_len)
+        self.max_model_len = self.bridge.max_model_len
+        self.vocab_size: int = self.model.config.get_text_config().vocab_size
+        self.num_blocks = self._size_cache()
+        self.cache = KVCache(self.bridge.layers, self.num_blocks, config.block_size, dtype, device)
+        self.lora = self._make_lora()
+
+    def _make_lora(self):
+        from importlib.util import find_spec
+
+        if find_spec("swiftlite.engine.lora") is None:
+            return None
+        from swiftlite.engine.lora import LoraManager
+
+        return LoraManager(self.model, self.config.max_lora_rank)
+
+    def _size_cache(self) -> int:
+        """Blocks of the cache: as told, else what all sequences could use at most, within a share of the free memory."""
+        config = self.config
+        if config.num_blocks is not None:
+            return config.num_blocks
+        block_bytes = KVCache.bytes_per_block(self.bridge.layers, config.block_size, self.dtype)
+        if config.kv_cache_memory is not None:
+            blocks = config.kv_cache_memory // block_bytes
+        else:
+            if self.device.type == "cuda":
+                free, total = torch.cuda.mem_get_info(self.device)
+                budget = max(0, int(total * config.gpu_memory_utilization) - (total - free))
+            else:
+                budget = int(available_memory() * CPU_SHARE)
+            per_sequence = -(-self.max_model_len // config.block_size)
+            blocks = min(budget // block_bytes, per_sequence * config.max_num_seqs)
+        if blocks < 2:
+            raise ModelError(
+                "There is no memory for the KV cache.", f"one block of {config.block_size} tokens takes {block_bytes} bytes",
+                "free memory, or give kv_cache_memory",
+            )  # fmt: skip
+        return int(blocks)
+
+    def build_batch(self, scheduled: list[Scheduled]) -> ForwardBatch:
+        """Tensors of one step: rows grouped by adapter, logits rows in the order of `scheduled`."""
+        groups: dict[int, list[int]] = {}  # by identity of the adapter version
+        for index, item in enumerate(scheduled):
+            groups.setdefault(id(item.seq.adapter), []).append(index)
+        size = self.config.block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        slices: list[SequenceSlice] = []
+        adapters: list[tuple[object, int]] = []
+        last_row: dict[int, int] = {}
+        for members in groups.values():
+            first_row = len(ids)
+            for index in members:
+                item = scheduled[index]
+                table, tokens, end = item.seq.block_table, item.seq.token_ids, item.start + item.count
+                slices.append(SequenceSlice(len(ids), item.count, item.start, table))
+                ids.extend(tokens[item.start : end])
+                positions.extend(range(item.start, end))
+                slots.extend(table[position // size] * size + position % size for position in range(item.start, end))
+                if end == len(tokens):
+                    last_row[index] = len(ids) - 1
+            adapters.append((scheduled[members[0]].seq.adapter, len(ids) - first_row))
+        rows = [last_row[index] for index in sorted(last_row)]
+        return ForwardBatch(*(torch.tensor(values, dtype=torch.int64, device=self.device) for values in (ids, positions, slots)),
+                            slices, torch.tensor(rows, dtype=torch.int64, device=self.device), adapters)  # fmt: skip
+
+    def execute(self, scheduled: list[Scheduled]) -> Tensor:
+        """Run one step. Returns logits [S, V], one row for each item that reaches its sequence's last token, in order."""
+        batch = self.build_batch(scheduled)
+        if self.lora is not None:
+            self.lora.set_batch(batch.adapters)
+        return self.bridge.forward(batch, self.cache)
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination): the copy of copy-on-write."""
+        self.cache.copy_blocks(pairs)
