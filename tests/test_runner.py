@@ -34,6 +34,10 @@ class Item:
     start: int
     count: int
 
+    @property
+    def rows(self) -> int:
+        return 1 if self.start + self.count == len(self.seq.token_ids) else 0
+
 
 def make_runner(path: Path, **fields) -> Runner:
     return Runner(path, EngineConfig(**{"num_blocks": 160, "block_size": BLOCK, **fields}), torch.float32, CPU)
@@ -162,6 +166,20 @@ def test_no_logits_for_an_unfinished_prompt(make_model) -> None:
     runner = make_runner(make_model("qwen2"))
     seq = Seq(list(range(3, 23)), list(range(8)))
     assert runner.execute([Item(seq, 0, 8)]).shape == (0, runner.vocab_size)
+
+
+def test_several_rows_of_one_item(make_model) -> None:
+    """Prompt log-probabilities want more than the last row."""
+    from swiftlite.engine.scheduler import Scheduled
+
+    runner = make_runner(make_model("qwen3"))
+    first, second = prompts_for(runner.vocab_size, [9, 6])
+    batch = [Scheduled(Seq(first, [1, 2, 3]), 0, 9, 5), Scheduled(Seq(second, [4, 5]), 0, 6, 1)]
+    logits = runner.execute(batch)
+    alone = runner.execute([Scheduled(Seq(first, [6, 7, 8]), 0, 9, 9)])
+    assert logits.shape[0] == 6
+    torch.testing.assert_close(logits[:5], alone[4:])
+    torch.testing.assert_close(logits[5:], runner.execute([Scheduled(Seq(second, [9, 10]), 0, 6, 1)]))
 
 
 def test_rows_are_grouped_by_adapter_and_logits_keep_the_order(make_model) -> None:

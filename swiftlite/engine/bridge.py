@@ -184,11 +184,11 @@ class Bridge:
         `max_model_len` in tokens; None means what the model's positions allow.
         """
         self.model, self.device = model, device
-        self.max_model_len, self.notes = freeze_rope(model, max_model_len)
         self.layers: list[AttentionLayer] = []
         self.layer_of: dict[nn.Module, AttentionLayer] = {}
         self.scaling_of: dict[nn.Module, float | None] = {}
         self._probe()
+        self.max_model_len, self.notes = freeze_rope(model, max_model_len)
 
     @torch.inference_mode()
     def _probe(self) -> None:

@@ -21,7 +21,10 @@ def freeze_rope(model: PreTrainedModel, wanted: int | None) -> tuple[int, list[s
     ModelError when `wanted` is more than the model's positions.
     """
     config = model.config.get_text_config()
-    limit = config.max_position_embeddings
+    try:
+        limit = config.max_position_embeddings
+    except AttributeError as error:
+        raise ModelError(f"{type(model).__name__} names no longest position.", "config.max_position_embeddings is missing") from error
     notes: list[str] = []
     kinds = _rope_kinds(config)
     if any("dynamic" in parameters["rope_type"] for parameters in kinds.values()):

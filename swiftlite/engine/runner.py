@@ -81,7 +81,7 @@ class Runner:
         slots: list[int] = []
         slices: list[SequenceSlice] = []
         adapters: list[tuple[object, int]] = []
-        last_row: dict[int, int] = {}
+        wanted: dict[int, range] = {}
         for members in groups.values():
             first_row = len(ids)
             for index in members:
@@ -91,15 +91,14 @@ class Runner:
                 ids.extend(tokens[item.start : end])
                 positions.extend(range(item.start, end))
                 slots.extend(table[position // size] * size + position % size for position in range(item.start, end))
-                if end == len(tokens):
-                    last_row[index] = len(ids) - 1
+                wanted[index] = range(len(ids) - item.rows, len(ids))
             adapters.append((scheduled[members[0]].seq.adapter, len(ids) - first_row))
-        rows = [last_row[index] for index in sorted(last_row)]
+        rows = [row for index in range(len(scheduled)) for row in wanted[index]]
         return ForwardBatch(*(torch.tensor(values, dtype=torch.int64, device=self.device) for values in (ids, positions, slots)),
                             slices, torch.tensor(rows, dtype=torch.int64, device=self.device), adapters)  # fmt: skip
 
     def execute(self, scheduled: list[Scheduled]) -> Tensor:
-        """Run one step. Returns logits [S, V], one row for each item that reaches its sequence's last token, in order."""
+        """Run one step. Returns logits [S, V]: for each item, in order, those of its last `rows` tokens."""
         batch = self.build_batch(scheduled)
         if self.lora is not None:
             self.lora.set_batch(batch.adapters)
