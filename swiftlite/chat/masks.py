@@ -1,0 +1,166 @@
+"""Which tokens of a conversation are targets: found on the rendering of any template, checked on token ids.
+
+A *round* is one assistant turn: the prompt that serving would send to the model (`prompt`, its generation prompt included)
+and what the model must then write (`answer`, up to and including the stop token). Both come from the template's own
+rendering, so a row's ids always begin with exactly the ids that serving sends.
+
+Rounds of one conversation are merged into one row as long as each prompt repeats what came before token by token. Where a
+template rewrites history (drops old reasoning, moves the system text), it does not, and the round gets a row of its own.
+This module does not render; it knows texts, tokens and the stop ids.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from swiftlite.chat.tokens import ControlTokens
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training row: token ids, and for each whether it is a target."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One assistant turn as text: `prompt` is what serving renders, `answer` continues it. `mark`: see ControlTokens.mark."""
+
+    prompt: str
+    answer: str
+    learn: bool
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Stops:
+    """The tokens that end an assistant turn. `written` is False for templates that leave the last turn open (GLM-4: the next
+    turn's header is the stop token); then `turn_id` is appended."""
+
+    turn_id: int | None
+    turn_text: str
+    written: bool
+    ids: frozenset[int]
+
+
+class NoStopToken(Exception):
+    """An assistant turn that no stop token ends."""
+
+
+def continuation(prompt: str, rendered: str, content: str, reasoning: str) -> str | None:
+    """What follows `prompt` when the template writes the answered conversation as `rendered`; None when that cannot be told.
+
+    Usually `rendered` begins with `prompt`. It does not when the generation prompt holds text that the template leaves out of
+    finished turns: an opened <think> block (R1 and its kin), or white space.
+    """
+    if rendered.startswith(prompt):
+        return rendered[len(prompt) :]
+    common = next((i for i, (a, b) in enumerate(zip(prompt, rendered, strict=False)) if a != b), min(len(prompt), len(rendered)))
+    extra, rest = prompt[common:], rendered[common:]
+    if not extra.strip():
+        return rest.removeprefix(extra)
+    if "<think>" in extra:
+        written = extra.rpartition("<think>")[2]
+        if "</think>" in written:  # the block is closed already
+            return rest if not written.partition("</think>")[2].strip() else None
+        if "</think>" in rest:  # the template kept the reasoning, in its own spacing
+            body = rest.removeprefix("<think>").lstrip("\n")
+            return body
+        thought = reasoning or (content.partition("</think>")[0].rpartition("<think>")[2] if "</think>" in content else "")
+        thought = thought.strip("\n")
+        return (thought + "\n" if thought else "\n") + "</think>\n\n" + rest.lstrip("\n")
+    core = content.strip()
+    found = rendered.rfind(core) if core else -1
+    return rendered[found:] if found >= common else None
+
+
+def encode_round(tokens: ControlTokens, stops: Stops, turn: Round) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids with the stop token at the end). Raises NoStopToken."""
+    prompt = tokens.encode(turn.prompt, turn.mark)
+    whole = tokens.encode(turn.prompt + turn.answer, turn.mark)
+    if whole[: len(prompt)] == prompt:
+        answer = whole[len(prompt) :]
+    elif stops.turn_text:  # the prompt's last token would swallow the answer's first letters: serving never sees that token
+        answer = tokens.encode_after(stops.turn_text, turn.answer, turn.mark)
+    else:
+        answer = tokens.encode(turn.answer, turn.mark)
+    return prompt, _closed(answer, stops)
+
+
+def _closed(answer: list[int], stops: Stops) -> list[int]:
+    """The answer cut after its last stop token, or with one appended where the template leaves turns open."""
+    for index in range(len(answer) - 1, -1, -1):
+        if answer[index] in stops.ids:
+            return answer[: index + 1]
+    if stops.written or stops.turn_id is None:
+        raise NoStopToken
+    return [*answer, stops.turn_id]
+
+
+def merge_rounds(parts: list[tuple[list[int], list[int], bool]], stop_ids: Collection[int]) -> list[Encoded]:
+    """(prompt ids, answer ids, learn) of the rounds in order -> as few rows as keep every round's prompt exact."""
+    rows: list[Encoded] = []
+    for prompt, answer, learn in parts:
+        mask = [False] * len(prompt) + [learn] * len(answer)
+        if rows:
+            last = rows[-1]
+            end = len(last.ids)
+            # an open turn is closed by whichever header follows, so its last token may be another stop token
+            same = len(prompt) >= end and prompt[: end - 1] == last.ids[:-1]
+            if same and (prompt[end - 1] == last.ids[-1] or prompt[end - 1] in stop_ids):
+                mask[:end] = last.mask
+                rows.pop()
+        rows.append(Encoded(prompt + answer, mask))
+    return [row for row in rows if any(row.mask)]
+
+
+def merge_fast(tokens: ControlTokens, stops: Stops, rounds: list[Round], ids: list[int], tails: dict[str, list[int]]) -> Encoded | None:
+    """The one row of `rounds` from the ids of the longest text alone, or None where `encode_round` must decide.
+
+    Control tokens cut a text into runs that are tokenized independently, so a prompt's ids are a prefix of the row's when
+    its last run is (`tails` remembers the ids of such runs, mostly "<|im_start|>assistant\\n"). Equal to the slow way by test.
+    """
+    text = rounds[-1].prompt + rounds[-1].answer
+    where = tokens.positions(ids)
+    found = list(tokens.pattern.finditer(text))
+    if len(where) != len(found):
+        return None
+    ends = [match.end() for match in found]
+    mask = [False] * len(ids)
+    stop_index = -1
+    for turn in rounds:
+        begin, end = len(turn.prompt), len(turn.prompt) + len(turn.answer)
+        if turn is not rounds[-1] and not text.startswith(turn.prompt + turn.answer):
+            return None
+        number = bisect_left(ends, begin + 1) - 1  # the last control token that ends at or before the prompt's end
+        if number < 0 or (number + 1 < len(found) and found[number + 1].start() < begin):
+            return None
+        tail = text[found[number].start() : begin]
+        known = tails.get(tail)
+        if known is None:
+            known = tokens.encode(tail)
+            if len(tail) <= 64 and len(tails) < 256:
+                tails[tail] = known
+        first = where[number] + len(known)
+        if ids[where[number] : first] != known:
+            return None
+        last_number = bisect_left(ends, end + 1) - 1
+        while last_number > number and ids[where[last_number]] not in stops.ids:
+            last_number -= 1
+        if last_number > number:
+            stop_index = where[last_number]
+        elif stops.written or stops.turn_id is None:
+            raise NoStopToken
+        elif turn is rounds[-1]:
+            ids, mask, stop_index = [*ids, stops.turn_id], [*mask, False], len(ids)
+        elif last_number + 1 < len(found) and found[last_number + 1].start() == end and ids[where[last_number + 1]] in stops.ids:
+            stop_index = where[last_number + 1]
+        else:
+            return None
+        if turn.learn:
+            mask[first : stop_index + 1] = [True] * (stop_index + 1 - first)
+    return Encoded(ids[: stop_index + 1], mask[: stop_index + 1])
