@@ -162,7 +162,7 @@ class ServerOptions:
     """The HTTP server."""
 
     host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
-    port: int = opt(8000, "port to listen on")
+    port: int | None = opt(None, "port to listen on; default: 8000, for app-ui 7860")
     api_key: str | None = opt(None, "clients must send this key as a bearer token")
     served_model_name: str | None = opt(None, "name of the base model in /v1/models; default: --model_type or the directory's name")
     owned_by: str = opt("swift", "owner shown in /v1/models")

@@ -1,0 +1,87 @@
+"""What a client is told when a request fails: one JSON shape, `{"error": {"message", "type", "param", "code"}}`, as vLLM's.
+
+Messages never carry a server path or a traceback; those go to the server's log, found again by the request's id.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from swiftlite.errors import RequestError
+
+log = logging.getLogger("swiftlite.server")
+
+TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    408: "RequestTimeoutError",
+    413: "RequestTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+
+class APIError(Exception):
+    """A request that is answered with `status`; `param` names the field at fault."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.status, self.param = message, status, param
+
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status) or HTTPStatus(self.status).phrase
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
+
+def from_request_error(error: RequestError) -> APIError:
+    """The engine's and the template's refusals, as one sentence after the other."""
+    parts = [part.rstrip(".") for part in (error.what, error.why, error.fix) if part]
+    return APIError(". ".join(parts), 400, error.param)
+
+
+def answer(error: APIError) -> JSONResponse:
+    headers = {"retry-after": "1"} if error.status == 503 else {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Every exception of a route becomes the one JSON shape."""
+
+    @app.exception_handler(APIError)
+    async def refused(_: Request, error: APIError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(RequestError)
+    async def invalid(_: Request, error: RequestError) -> JSONResponse:
+        return answer(from_request_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def routed(request: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = (
+                f"there is no {request.method} {request.url.path[:200]}; see /v1/models, /v1/chat/completions, /v1/completions, /health"
+            )
+        response = answer(APIError(message, error.status_code))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def crashed(request: Request, error: Exception) -> JSONResponse:
+        return answer(internal(error, request.scope.get("request_id", "")))
+
+
+def internal(error: BaseException, request_id: str) -> APIError:
+    """A bug of ours: the traceback goes to the log, its id to the client."""
+    log.error("request %s failed", request_id, exc_info=error)
+    return APIError(f"internal error; the server's log has it under request {request_id}", 500)
