@@ -1,0 +1,331 @@
+"""`swift sft`: options -> rows, model, tuner, plan -> the loop -> a run's folder.
+
+Only composes: what a part decides is in the part. Everything that the user could have got wrong is checked before the
+model is loaded, and nothing is written before everything is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swiftlite import __version__
+from swiftlite.errors import CheckpointError, DataError, UsageError
+from swiftlite.options.parse import Options
+from swiftlite.options.resolve import as_json, inherit
+
+
+def main(options: Options) -> int:
+    """Train; 0 when done or ended by SIGTERM after saving, 130 after Ctrl-C."""
+    return 130 if sft(options)["interrupted"] == signal.SIGINT else 0
+
+
+def sft(options: Options) -> dict[str, Any]:
+    """Train as the options say; returns the run's info: last_model_checkpoint, best_model_checkpoint, best_metric,
+    global_step, train_time_s, tokens, memory_gb, run_dir, interrupted (signal number or None)."""
+    resumed = Path(options.resume_from_checkpoint).resolve() if options.resume_from_checkpoint else None
+    state, tensors, saved = _read_resumed(options, resumed) if resumed else ({}, None, {})
+    start_from = None if resumed else _start_from(options)
+    model_dir = _check(options)
+
+    import torch
+
+    from swiftlite.chat.template import Template
+    from swiftlite.models.device import TORCH_DTYPES, choose_device, choose_dtype
+    from swiftlite.models.loading import load_config, load_tokenizer
+    from swiftlite.train.batches import learnable
+    from swiftlite.train.plan import Plan, Schedule
+
+    device = choose_device(options.device)
+    config = load_config(model_dir)
+    dtype = TORCH_DTYPES[saved["resolved"]["torch_dtype"]] if resumed else choose_dtype(options.torch_dtype, device, _dtype_name(config))
+    tokenizer = load_tokenizer(model_dir)
+    template = Template.load(model_dir, tokenizer, name=options.template, system=options.system)
+    max_length = _max_length(options, config)
+    samples, evaluation, report = _rows(options, template, max_length)
+    samples, evaluation = [s for s in samples if learnable(s)], [s for s in evaluation if learnable(s)]
+    if not samples:
+        raise DataError("no row is left to train on", "every row was dropped; the table says why", "check --dataset and --max_length")
+
+    plan = Plan.make(
+        [len(s.ids) for s in samples], options.per_device_train_batch_size, options.gradient_accumulation_steps,
+        options.packing, options.dataset_shuffle, options.data_seed,
+    )  # fmt: skip
+    total = plan.total_steps(options.num_train_epochs, options.max_steps)
+    fingerprint = _fingerprint(samples)
+    if resumed:
+        from swiftlite.train.resume import check_fit
+
+        check_fit(state, resumed, fingerprint, total)
+    print(plan.describe())
+    from swiftlite.train.show import with_mask
+
+    print(f"one row; what is learnt is marked:\n{with_mask(samples[0], tokenizer)}")
+
+    from swiftlite.models.loading import load_model
+    from swiftlite.models.segments import register
+    from swiftlite.train.full import Full, write_generation_config
+    from swiftlite.train.loop import LoopSettings, Trainer, closing
+    from swiftlite.train.loss import TargetLoss
+
+    full = options.tuner_type == "full"
+    torch.manual_seed(options.seed)
+    began = time.perf_counter()
+    model = load_model(resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register())
+    model.config.use_cache = False
+    tuner: Any = Full(model, dtype) if full else _lora(options, model, start_from, resumed)
+    loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None)
+    trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))
+    print(
+        f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {time.perf_counter() - began:.1f} s"
+    )
+    _checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained)
+
+    from swiftlite.train import folder
+    from swiftlite.train.log import Logbook
+
+    in_place = resumed is not None and not options.given("output_dir")
+    run = resumed.parent if resumed and in_place else folder.create(options.output_dir, _run_name(options), options.add_version)
+    peak = options.learning_rate if options.learning_rate is not None else (1e-5 if full else 1e-4)
+    args = _args(options, model_dir, dtype, {"learning_rate": peak, "max_length": max_length, "total_steps": total})
+    warmup = options.warmup_steps if options.warmup_steps > 0 else math.ceil(options.warmup_ratio * total)
+    schedule = Schedule(peak, options.lr_scheduler_type, min(warmup, total), total)
+    print(
+        f"{total} steps; learning rate {peak:g}{'' if options.learning_rate is not None else f' (default for {options.tuner_type})'}, "
+        f"{schedule.kind} after {schedule.warmup} warm-up steps; {len(evaluation)} rows for evaluation\nrun: {run}"
+    )
+    folder.write_args(run, args)
+
+    def save(directory: Path) -> None:
+        if full:
+            tuner.save(directory, str(model_dir), template.stop_ids)
+        else:
+            tuner.save(directory, str(model_dir))
+            write_generation_config(directory, model_dir, template.stop_ids)
+        template.save(directory)
+        folder.write_args(directory, args)
+
+    save_steps = options.save_steps
+    settings = LoopSettings(
+        options.weight_decay, (options.adam_beta1, options.adam_beta2), options.adam_epsilon, options.max_grad_norm, options.logging_steps,
+        options.eval_steps or save_steps, save_steps, options.save_total_limit or 2, options.save_only_model,
+    )  # fmt: skip
+    with closing(Logbook(run, total, state.get("log_history", []), options.report_to)) as logbook:
+        trainer = Trainer(
+            model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, save,
+            {"fingerprint": fingerprint, "data": report},
+        )  # fmt: skip
+        if resumed and tensors is not None:
+            if full:
+                tuner.load_masters(tensors.get("masters", {}))
+            trainer.restore(state, tensors)
+            print(f"resumed at step {trainer.progress.step} of {total}")
+        torch.manual_seed(options.seed + 1) if not resumed else None
+        ended = trainer.run(lambda: {"masters": tuner.masters()} if full else {})
+        info = _info(trainer, run, ended, device)
+        logbook.final({key: value for key, value in info.items() if key != "interrupted"})
+        rows = logbook.rows
+    from swiftlite.train.plots import draw
+
+    draw(rows, run / "images")
+    _goodbye(info, options)
+    return info
+
+
+# -- before anything heavy ---------------------------------------------------------------------------------------------
+
+
+def _read_resumed(options: Options, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+    from swiftlite.train import checkpoint as store
+    from swiftlite.train.resume import take_over
+
+    state, tensors = store.read(checkpoint)
+    if tensors is None:
+        raise CheckpointError(
+            f"cannot resume {checkpoint}", "it was saved without the optimizer's state (--save_only_model)",
+            "go on from its weights with --adapters or --model",
+        )  # fmt: skip
+    return state, tensors, take_over(options, checkpoint)
+
+
+def _start_from(options: Options) -> Path | None:
+    """The adapter whose weights training starts from. A full checkpoint becomes the model."""
+    given = [part for part in (options.ckpt_dir, *options.adapters) if part]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise UsageError("swift sft trains one adapter", f"got {len(given)}: {', '.join(given)}", "pass one --adapters directory")
+    name = given[0].partition("=")[2] if "=" in given[0] and not os.path.exists(given[0]) else given[0]
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"no directory {path}", "--adapters and --ckpt_dir take a checkpoint's folder", "check the path")
+    for line in inherit(options, path):
+        print(line)
+    if (path / "adapter_config.json").is_file():
+        if options.tuner_type == "full":
+            raise UsageError("--tuner_type full cannot start from an adapter", fix="merge it first: swift export --merge_lora true")
+        return path
+    options.set("model", str(path), "--ckpt_dir")
+    return None
+
+
+def _check(options: Options) -> Path:
+    """Flags that are wrong on sight; returns the model's directory."""
+    from swiftlite.hub import resolve_model
+    from swiftlite.train.log import check_reporters
+
+    name = options.model or options.model_type
+    if not name:
+        raise UsageError("swift sft: which model?", fix="pass --model DIRECTORY (or a hub id, or tiny-chat)")
+    if not options.dataset and not options.self_cognition_sample:
+        raise UsageError("swift sft: which data?", fix="pass --dataset FILE.jsonl (or --self_cognition_sample N)")
+    check_reporters(options.report_to)
+    positive = ("logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size", "save_total_limit", "max_length")
+    for flag in positive:
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag} must be at least 1, got {value}")
+    if options.max_steps <= 0 and options.num_train_epochs <= 0:
+        raise UsageError("nothing to do: --num_train_epochs must be above 0")
+    if options.learning_rate is not None and not (0 <= options.learning_rate < math.inf):
+        raise UsageError(f"--learning_rate must be a number from 0 up, got {options.learning_rate}")
+    if not 0 <= options.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}")
+    return resolve_model(name, options.model_revision, options.use_hf)
+
+
+def _dtype_name(config: Any) -> str | None:
+    return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+
+
+def _run_name(options: Options) -> str:
+    if options.model_type:
+        return options.model_type
+    return Path(options.model).resolve().name if os.path.isdir(options.model) else options.model.rsplit("/", 1)[-1]
+
+
+def _args(options: Options, model_dir: Path, dtype: Any, decided: dict[str, Any]) -> dict[str, Any]:
+    """What `sft_args.json` says: every flag, and what became of those that were left to us."""
+    args = as_json(options)
+    if options.model and os.path.isdir(options.model):
+        args["model"] = str(Path(options.model).resolve())
+    return {
+        **args,
+        "model_dir": str(model_dir.resolve()),
+        "resolved": {"torch_dtype": str(dtype).removeprefix("torch."), **decided},
+        "origins": {name: origin for name, origin in options.origins.items() if origin != "default"},
+        "swiftlite_version": __version__,
+    }
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _max_length(options: Options, config: Any) -> int:
+    limit = config.get_text_config().max_position_embeddings
+    if options.max_length is None:
+        return min(2048, limit)
+    if options.max_length > limit:
+        print(f"note: --max_length {options.max_length} is more than the model's {limit} positions; using {limit}")
+    return min(options.max_length, limit)
+
+
+def _rows(options: Options, template: Any, max_length: int) -> tuple[list[Any], list[Any], str]:
+    from swiftlite.data import load_training
+
+    began = time.perf_counter()
+    samples, evaluation, _, report = load_training(options, template, max_length)
+    table = report.table()
+    print(f"{table}\nrows encoded in {time.perf_counter() - began:.1f} s, at most {max_length} tokens a row")
+    return samples, evaluation, table
+
+
+def _fingerprint(samples: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.ids.tobytes())
+        digest.update(sample.mask.tobytes())
+    return digest.hexdigest()
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+def _lora(options: Options, model: Any, start_from: Path | None, resumed: Path | None) -> Any:
+    from swiftlite.train.lora import Lora, LoraSpec
+
+    source = resumed or start_from
+    if source is not None:
+        spec = LoraSpec.read(source)
+        print(f"adapter from {source}: rank {spec.rank}, alpha {spec.alpha:g} (its own settings)")
+    else:
+        spec = LoraSpec(
+            options.lora_rank, options.lora_alpha, options.lora_dropout, options.use_rslora, options.target_modules, options.modules_to_save
+        )
+    lora = Lora(model, spec)
+    if source is not None:
+        lora.load(source)
+    return lora
+
+
+def _checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[Any], trained: int) -> None:
+    """Decide on gradient checkpointing; says why."""
+    from swiftlite.train import memory
+    from swiftlite.train.batches import collate
+    from swiftlite.train.loss import CHUNK_BYTES
+
+    on, reason = options.gradient_checkpointing, "as asked"
+    if on is None:
+        batch = collate(largest[:1], loss.device)
+        tokens = sum(len(sample.ids) for sample in largest)
+        model.train()
+        kept = memory.kept_bytes(model, lambda: loss(batch)[0]) / batch.input_ids.shape[1] * tokens
+        need = kept + 12 * trained + 3 * CHUNK_BYTES  # gradients and two moments in float32; the loss's chunk
+        free = memory.free(loss.device)
+        on = need > 0.9 * free
+        reason = f"the largest pass of {tokens} tokens needs about {need / memory.GB:.1f} GB, {free / memory.GB:.1f} GB are free"
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    print(f"gradient checkpointing: {'on' if on else 'off'} ({reason})")
+
+
+# -- after -------------------------------------------------------------------------------------------------------------
+
+
+def _info(trainer: Any, run: Path, ended: signal.Signals | None, device: Any) -> dict[str, Any]:
+    from swiftlite.train import memory
+
+    progress = trainer.progress
+    best = progress.best_model_checkpoint
+    return {
+        "last_model_checkpoint": progress.last_model_checkpoint,
+        "best_model_checkpoint": best if best and os.path.isdir(best) else None,
+        "best_metric": progress.best_metric,
+        "global_step": progress.step,
+        "train_time_s": round(progress.seconds, 2),
+        "tokens": progress.tokens,
+        "memory_gb": memory.peak(device),
+        "run_dir": str(run),
+        "interrupted": None if ended is None else int(ended),
+    }
+
+
+def _goodbye(info: dict[str, Any], options: Options) -> None:
+    last = info["last_model_checkpoint"]
+    if info["interrupted"] is not None:
+        print(
+            f"stopped at step {info['global_step']}; go on with:\n  swift sft --resume_from_checkpoint {last}"
+            if last
+            else "stopped before the first step was done; nothing was saved"
+        )
+        return
+    print(f"done in {info['train_time_s']:.1f} s, peak memory {info['memory_gb']:.1f} GB")
+    print(f"last_model_checkpoint: {last}")
+    print(f"best_model_checkpoint: {info['best_model_checkpoint'] or '(no evaluation rows)'}")
+    print(f"try it:\n  swift infer --ckpt_dir {info['best_model_checkpoint'] or last}")

@@ -1,0 +1,85 @@
+"""Training's way into a stock model: attention over packed documents ("segments").
+
+Several documents lie end to end in one row of T tokens; `lengths` says where each ends. Attention is causal inside a
+document and never crosses its borders, so packing changes no result and nothing is padded. The lengths travel as an extra
+keyword of `model(...)`, which transformers hands down to every attention layer (no global state), and no mask is built
+because none is registered for our name.
+
+Does not know: losses, adapters, caches. Raises on any keyword it does not understand (attention sinks, sparse indices, ...),
+because ignoring one means silently wrong gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swiftlite.errors import ModelError
+
+NAME = "swift_segments"
+# Keywords that carry nothing attention needs: positions are already in the rotated q and k, and there is no cache.
+HARMLESS = ("position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
+
+
+def register() -> str:
+    """Make the attention known to transformers (idempotent); returns its name."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    return NAME
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, H, T, D], rotated
+    key: Tensor,  # [1, G, T, D]
+    value: Tensor,  # [1, G, T, Dv]
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    swift_segments: tuple[int, ...] | None = None,
+    is_causal: bool | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each of the `swift_segments` documents (their lengths, which sum to T). -> [1, T, H, Dv]"""
+    rest = [name for name, value_ in unknown.items() if value_ is not None and name not in HARMLESS]
+    if rest or attention_mask is not None or is_causal is False:
+        raise ModelError(
+            f"cannot train {type(module).__name__}: its attention uses {', '.join(rest) or 'a mask of its own'}",
+            "swiftlite's packed attention does not know how to apply it, and leaving it out would train another model",
+        )
+    lengths = swift_segments if swift_segments is not None else (query.shape[2],)
+    outputs = [
+        _segment(q, k, v, scaling, dropout, sliding_window, softcap)
+        # split, not slices: its backward is one concatenation, where each slice's is a full-size zero tensor
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2), None
+
+
+def _segment(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None, softcap: float | None
+) -> Tensor:  # [1, H, T, D], [1, G, T, D], [1, G, T, Dv] -> [1, H, T, Dv]
+    tokens, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    windowed = window is not None and window < tokens
+    if softcap is None and not windowed:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+    distance = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)[None, :]
+    seen = distance >= 0  # [T, T], query by key
+    if windowed:
+        seen &= distance < window
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+    if grouped:
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = (q @ k.transpose(2, 3)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # [1, H, T, T]
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~seen, float("-inf"))
+    weights = F.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype), dropout, training=dropout > 0)
+    return weights @ v

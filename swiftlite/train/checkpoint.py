@@ -1,0 +1,111 @@
+"""Checkpoints on disk: written aside, synced, then renamed, so that a folder named checkpoint-N is always a whole one.
+
+`trainer_state.json` is written last and lists every file with its size; reading checks them. Only tensors and plain values
+are stored (`torch.load(weights_only=True)` reads them). Does not know what the weights are: the caller writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftlite.errors import CheckpointError
+
+STATE, TENSORS = "trainer_state.json", "trainer_state.pt"
+
+
+def step_of(path: Path) -> int:
+    """N of .../checkpoint-N, else -1."""
+    found = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(found[1]) if found else -1
+
+
+def write(run: Path, step: int, state: dict[str, Any], tensors: dict[str, Any] | None, save: Callable[[Path], None]) -> Path:
+    """run/checkpoint-<step> with what `save(folder)` writes, `tensors` and `state`. An older folder of that name is replaced.
+
+    CheckpointError when it cannot be written (a full disk, ...): nothing of it is left and older checkpoints stay.
+    """
+    final, aside = run / f"checkpoint-{step}", run / f".checkpoint-{step}.{os.getpid()}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save(aside)
+        if tensors is not None:
+            torch.save(tensors, aside / TENSORS)
+        files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
+        (aside / STATE).write_text(json.dumps({**state, "files": files}, ensure_ascii=False), encoding="utf-8")
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
+        if final.exists():
+            remove(final)
+        os.rename(aside, final)
+        _sync(run)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        # torch and safetensors wrap the system's error in classes of their own
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "write" in str(error).lower():
+            raise CheckpointError(
+                f"cannot write {final}",
+                str(error).splitlines()[0],
+                f"make room on {run.resolve().anchor}, then go on from the last checkpoint",
+            ) from error
+        raise
+    return final
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that half of one is never taken for a checkpoint."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(state, tensors or None when it was saved without). CheckpointError unless it is whole."""
+    if not path.is_dir():
+        runs = sorted(path.parent.glob("checkpoint-*"), key=step_of) if path.parent.is_dir() else []
+        raise CheckpointError(f"no checkpoint at {path}", fix=f"the newest there is {runs[-1]}" if runs else "check the path")
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no training checkpoint", f"{STATE}: {error}", "pass a checkpoint-N folder of `swift sft`"
+        ) from None
+    for name, size in state["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"has {file.stat().st_size} of {size} bytes" if file.is_file() else "is missing"
+            raise CheckpointError(f"{path} is incomplete", f"{name} {found}", "copy it again, or resume from an older checkpoint")
+    if TENSORS not in state["files"]:
+        return state, None
+    return state, torch.load(path / TENSORS, map_location="cpu", weights_only=True)
+
+
+def rotate(run: Path, limit: int, best: str | None) -> None:
+    """Keep the newest checkpoint, the best one, and as many more new ones as make `limit`."""
+    found = sorted((p for p in run.glob("checkpoint-*") if step_of(p) >= 0), key=step_of)
+    keep = {found[-1]} if found else set()
+    if best is not None and limit > 1:
+        keep |= {p for p in found if p.name == Path(best).name}
+    for path in reversed(found):
+        if len(keep) >= limit:
+            break
+        keep.add(path)
+    for path in found:
+        if path not in keep:
+            remove(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""Training of all weights: float32 masters, saved in the Hugging Face layout in the run's dtype.
+
+Does not know adapters. `Lora` (lora.py) is its counterpart with the same three methods.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+
+class Full:
+    """All parameters of a float32 model. `dtype`: that of the saved weights."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        model.requires_grad_(True)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    def masters(self) -> dict[str, Tensor]:
+        """What `save` rounds away; {} when nothing."""
+        return {} if self.dtype == torch.float32 else {name: p.detach().cpu() for name, p in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_masters(self, masters: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in masters:
+                parameter.copy_(masters[name])
+
+    def save(self, directory: Path, base: str, stop_ids: tuple[int, ...]) -> None:
+        """config.json, generation_config.json (with the template's stop ids) and safetensors. `base`: the model it began as."""
+        cast: dict[int, Tensor] = {}  # by address, so that tied weights stay tied
+        weights = {
+            name: cast.setdefault(tensor.data_ptr(), tensor.to(self.dtype)) if tensor.is_floating_point() else tensor
+            for name, tensor in self.model.state_dict().items()
+        }
+        generation, self.model.generation_config = self.model.generation_config, GenerationConfig()  # saved by us: see below
+        attention, self.model.config._attn_implementation = self.model.config._attn_implementation, "sdpa"
+        try:
+            self.model.save_pretrained(directory, state_dict=weights)
+        finally:
+            self.model.generation_config, self.model.config._attn_implementation = generation, attention
+        file = directory / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**config, "dtype": str(self.dtype)[6:]}, indent=2), encoding="utf-8")
+        # transformers refuses to save generation settings that many published models ship with
+        write_generation_config(directory, Path(base), stop_ids)
+
+
+def write_generation_config(directory: Path, base: Path, stop_ids: tuple[int, ...]) -> None:
+    """The base's generation_config.json with the template's stop ids added to its own."""
+    source = base / "generation_config.json"
+    config = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    eos = config.get("eos_token_id")
+    own = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    config["eos_token_id"] = list(dict.fromkeys([*stop_ids, *own]))
+    (directory / "generation_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -1,0 +1,299 @@
+"""The training loop: forward, backward, step; log, evaluate, save. One device, one process.
+
+The gradient of a step is that of (sum of token NLL) / (number of targets of the whole step), whatever the rows' grouping.
+Between log steps nothing is read back from the device. The loop's place is one integer, the number of steps done; with the
+weights, the optimizer's state and the random state it determines everything that follows (on a CPU: bit for bit).
+
+Does not know data formats, templates, adapters' files: it gets encoded rows, a tuner and a `save` function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from swiftlite.errors import TrainError
+from swiftlite.train import checkpoint, memory
+from swiftlite.train.batches import Sample, collate
+from swiftlite.train.interrupt import Interrupt
+from swiftlite.train.log import Logbook
+from swiftlite.train.loss import TargetLoss
+from swiftlite.train.plan import Plan, Schedule
+
+
+class Tuner(Protocol):
+    """What is trained: Lora or Full."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The loop's own numbers; steps count optimizer steps."""
+
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    logging_steps: int = 5
+    eval_steps: int = 50
+    save_steps: int = 50
+    save_total_limit: int = 2
+    save_only_model: bool = False
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_metric: float | None = None
+    best_model_checkpoint: str | None = None
+    last_model_checkpoint: str | None = None
+
+
+class Trainer:
+    """Everything a run needs, made ready by the caller; `run()` does it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tuner: Tuner,
+        loss: TargetLoss,
+        plan: Plan,
+        schedule: Schedule,
+        samples: Sequence[Sample],
+        evaluation: Sequence[Sample],
+        eval_rows: int,
+        settings: LoopSettings,
+        folder: Path,
+        logbook: Logbook,
+        save: Callable[[Path], None],
+        extra_state: dict[str, Any],
+    ) -> None:
+        self.model, self.tuner, self.loss, self.plan, self.schedule = model, tuner, loss, plan, schedule
+        self.samples, self.evaluation, self.settings = samples, evaluation, settings
+        self.folder, self.logbook, self.save_model, self.extra_state = folder, logbook, save, extra_state
+        self.device = loss.device
+        self.named = list(tuner.named_parameters())
+        self.parameters = [parameter for _, parameter in self.named]
+        self.progress = Progress()
+        self._reset_window()
+        self.eval_passes: list[list[int]] = []
+        if evaluation:
+            lengths = [len(sample.ids) for sample in evaluation]
+            self.eval_passes = Plan.make(lengths, eval_rows, 1, plan.packing, False, 0).passes(0)
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        others = [p for p in self.parameters if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=schedule.peak, betas=settings.betas, eps=settings.epsilon, fused=True
+        )
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        return state | {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else state
+
+    def _set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Stand where a checkpoint stood; the weights are the caller's."""
+        self.progress = Progress(**state["progress"])
+        self.optimizer.load_state_dict(tensors["optimizer"])
+        self._set_random_state(tensors["random"])
+        window = tensors["window"]
+        self.nll, self.hits = window["nll"].to(self.device), window["hits"].to(self.device)
+        self.targets, self.tokens = window["targets"], window["tokens"]
+
+    def save(self, tensors: Callable[[], dict[str, Any]] = dict) -> Path:
+        """Write checkpoint-<step> and delete what --save_total_limit no longer keeps."""
+        started = time.perf_counter()
+        settings = self.settings
+        content = None
+        if not settings.save_only_model:
+            window = {"nll": self.nll, "hits": self.hits, "targets": self.targets, "tokens": self.tokens}
+            content = {"optimizer": self.optimizer.state_dict(), "random": self._random_state(), "window": window, **tensors()}
+        final = self.folder / f"checkpoint-{self.progress.step}"
+        self.progress.last_model_checkpoint = str(final)
+        state = {
+            **self.extra_state, "global_step": self.progress.step, "epoch": self._epoch(), "total_steps": self.schedule.total,
+            "progress": vars(self.progress), "log_history": self.logbook.rows,
+        }  # fmt: skip
+        checkpoint.write(self.folder, self.progress.step, state, content, self.save_model)
+        checkpoint.rotate(self.folder, settings.save_total_limit, self.progress.best_model_checkpoint)
+        self.logbook.say(f"saved {final} ({time.perf_counter() - started:.1f} s)")
+        return final
+
+    def _epoch(self) -> float:
+        return round(self.progress.step / self.plan.steps_per_epoch, 4)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self, masters: Callable[[], dict[str, Any]] = dict) -> signal.Signals | None:
+        """Train to the end; returns the signal that ended it early, after saving. `masters`: more tensors for checkpoints.
+
+        TrainError when the loss is no number or nothing gets a gradient; CheckpointError when a checkpoint cannot be written.
+        """
+        total, settings = self.schedule.total, self.settings
+        self.model.train()
+        gc.collect()
+        gc.freeze()  # the model and the rows never become garbage: collections need not walk them
+        first = self.progress.step
+        began = self.row_time = time.perf_counter()
+        seconds_before = self.progress.seconds
+        try:
+            with Interrupt() as stop:
+                while self.progress.step < total:
+                    random_state = self._random_state()
+                    norm, rate = self._step(self.progress.step, check=self.progress.step == first, stop=stop)
+                    if norm is None:
+                        self._set_random_state(random_state)
+                        break
+                    self.progress.step = step = self.progress.step + 1
+                    self.progress.seconds = seconds_before + time.perf_counter() - began
+                    self.logbook.step(step)
+                    if step == 1 or step % settings.logging_steps == 0 or step == total:
+                        self._log(norm, rate, (time.perf_counter() - began) / (step - first) * (total - step))
+                    better = False
+                    if self.evaluation and (step % settings.eval_steps == 0 or step == total):
+                        better = self._evaluate()
+                    if step % settings.save_steps == 0 or step == total or stop.signal is not None:
+                        self._check_finite(norm)
+                        if better:
+                            self.progress.best_model_checkpoint = str(self.folder / f"checkpoint-{step}")
+                        self.save(masters)
+                    if stop.signal is not None:
+                        return stop.signal if step < total else None
+                if stop.signal is not None and self.progress.step > 0:
+                    if self.progress.last_model_checkpoint != str(self.folder / f"checkpoint-{self.progress.step}"):
+                        self.save(masters)
+                    return stop.signal
+                return stop.signal
+        finally:
+            gc.unfreeze()
+
+    def _step(self, number: int, check: bool, stop: Interrupt) -> tuple[torch.Tensor | None, float]:
+        """One optimizer step; (gradient norm, learning rate). (None, 0) when a signal came before the weights changed."""
+        batches = [collate([self.samples[i] for i in rows], self.device) for rows in self.plan.step(number)]
+        targets = sum(batch.targets for batch in batches)
+        total_nll, total_hits = torch.zeros_like(self.nll), torch.zeros_like(self.hits)
+        for batch in batches:
+            if stop.signal is not None:
+                self.optimizer.zero_grad(set_to_none=True)
+                return None, 0.0
+            nll, hits = self.loss(batch)
+            if check and not nll.requires_grad:
+                raise TrainError("nothing learns: the loss depends on no trained parameter", self._frozen(), "check --target_modules")
+            (nll / targets).backward()
+            total_nll += nll.detach()
+            total_hits += hits
+        self.nll += total_nll
+        self.hits += total_hits
+        self.targets += targets
+        self.tokens += sum(batch.tokens for batch in batches)
+        if check:
+            self._check_gradients()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
+        rate = self.schedule(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, rate
+
+    def _reset_window(self) -> None:
+        """Start counting for the next log row."""
+        self.nll = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.targets = self.tokens = 0
+
+    def _log(self, norm: torch.Tensor, rate: float, eta: float) -> None:
+        self._check_finite(norm)
+        loss, hits = self.nll.item() / self.targets, self.hits.item() / self.targets
+        self.progress.tokens += self.tokens
+        now = time.perf_counter()
+        row = {
+            "loss": loss, "learning_rate": rate, "grad_norm": norm.item(), "epoch": self._epoch(), "global_step": self.progress.step,
+            "tokens_per_s": self.tokens / (now - self.row_time), "memory_gb": memory.peak(self.device), "token_acc": hits,
+        }  # fmt: skip
+        self.row_time = now
+        self.logbook.train(row, eta)
+        self._reset_window()
+
+    @torch.no_grad()
+    def _evaluate(self) -> bool:
+        """Loss and token accuracy on the evaluation rows; True when the loss is the best so far."""
+        nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        targets = 0
+        self.model.eval()
+        for rows in self.eval_passes:
+            batch = collate([self.evaluation[i] for i in rows], self.device)
+            batch_nll, batch_hits = self.loss(batch)
+            nll += batch_nll
+            hits += batch_hits
+            targets += batch.targets
+        self.model.train()
+        value = nll.item() / targets
+        self.logbook.evaluation(
+            {"eval_loss": value, "eval_token_acc": hits.item() / targets, "epoch": self._epoch(), "global_step": self.progress.step}
+        )
+        self.row_time = time.perf_counter()
+        better = self.progress.best_metric is None or value < self.progress.best_metric
+        if better:
+            self.progress.best_metric = value
+        return better
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check_finite(self, norm: torch.Tensor) -> None:
+        if math.isfinite(self.nll.item()) and math.isfinite(norm.item()):
+            return
+        last = self.progress.last_model_checkpoint
+        raise TrainError(
+            f"the loss or its gradient is no longer a number (seen at step {self.progress.step}); training stopped",
+            "the steps were too large for this arithmetic",
+            "lower --learning_rate, or use --torch_dtype float32" + (f"; the last good checkpoint is {last}" if last else ""),
+        )
+
+    def _frozen(self) -> str:
+        names = [name for name, parameter in self.named if parameter.grad is None]
+        return f"no gradient reached {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} of {len(self.named)} tensors)"
+
+    def _check_gradients(self) -> None:
+        """After the first step's backward: something must learn."""
+        missing = [name for name, parameter in self.named if parameter.grad is None]
+        if all(parameter.grad is None or not parameter.grad.any() for parameter in self.parameters):
+            raise TrainError(
+                "nothing learns: every gradient of the first step is zero", self._frozen(), "check --target_modules and the data"
+            )
+        if missing:
+            self.logbook.say(f"note: {self._frozen()}; they are not used by the model's forward pass and stay as they are")
+
+
+@contextlib.contextmanager
+def closing(logbook: Logbook) -> Iterator[Logbook]:
+    try:
+        yield logbook
+    finally:
+        logbook.close()

@@ -1,0 +1,149 @@
+"""Cross entropy on target tokens only, without ever holding [T, V] logits.
+
+Only the hidden states of target positions meet the output head, some rows at a time, and the gradient is computed on the
+way (softmax minus one-hot is at hand then): two matrix products where recomputing takes three, three for a head that is
+trained. Sums and softmax are float32. Heads with a logit scale or soft cap are covered; whether we understand a model's
+head is checked by comparing with its own forward, and a head that we do not understand goes through that forward.
+
+Does not know: batches' origin, optimizers. Divides by nothing: the caller knows the step's global number of targets.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftlite.train.batches import Batch
+from swiftlite.train.lora import TrainedCopy
+
+CHUNK_BYTES = 128 << 20  # of float32 logits
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * hidden @ weight.T), cap(z) = softcap * tanh(z / softcap)."""
+
+    weight: nn.Parameter  # [V, D]
+    dtype: torch.dtype  # of the products
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [N, D] -> [N, V] float32
+        z = F.linear(hidden.to(self.dtype), self.weight.to(self.dtype)).float()
+        z = z if self.scale == 1 else z.mul_(self.scale)
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """(hidden [N, D], weight [V, D], labels [N], Head) -> (summed NLL, number of argmax hits)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        w = weight.to(head.dtype)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        total = torch.zeros((), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64, device=hidden.device)
+        hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        rows = max(16, CHUNK_BYTES // (4 * len(weight)))
+        for start in range(0, len(labels), rows):
+            h, label = hidden[start : start + rows].to(head.dtype), labels[start : start + rows, None]
+            z = F.linear(h, w).to(total.dtype)  # [n, V]
+            if head.scale != 1:
+                z.mul_(head.scale)
+            slope = None
+            if head.softcap is not None:
+                z.div_(head.softcap).tanh_()
+                slope = 1 - z * z
+                z.mul_(head.softcap)
+            at_label = z.gather(1, label)
+            top, best = z.max(1, keepdim=True)
+            hits += (best == label).sum()
+            z.sub_(top).exp_()
+            norm = z.sum(1, keepdim=True)
+            total += (norm.log() + top - at_label).sum()
+            if not (want_hidden or want_weight):
+                continue
+            z.div_(norm).scatter_add_(1, label, torch.full_like(at_label, -1.0))  # softmax minus one-hot
+            if slope is not None:
+                z.mul_(slope)
+            if head.scale != 1:
+                z.mul_(head.scale)
+            dz = z.to(head.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows] = dz @ w
+            if grad_weight is not None:
+                grad_weight += dz.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def chunked_nll(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """hidden [N, D], labels [N] -> (sum of -log p(label), float32; how many labels are the argmax, int64)."""
+    return _ChunkedNLL.apply(hidden, head.weight, labels, head)
+
+
+class TargetLoss:
+    """A model's loss on a Batch. `autocast`: the dtype of matrix products where the parameters are float32 masters."""
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        self.model, self.autocast = model, autocast
+        self.device = next(model.parameters()).device
+        self.head = self._plain_head()
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(summed NLL of the batch's targets, hits)."""
+        with self._precision():
+            if self.head is None:
+                logits = self.model(
+                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=batch.keep,
+                    swift_segments=batch.lengths,
+                ).logits[0].float()  # fmt: skip
+                return F.cross_entropy(logits, batch.labels, reduction="sum"), (logits.argmax(1) == batch.labels).sum()
+            return chunked_nll(self._hidden(batch.input_ids, batch.position_ids, batch.lengths)[batch.keep], batch.labels, self.head)
+
+    def _precision(self) -> AbstractContextManager:
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:  # [T, D]
+        body = self.model.base_model
+        return body(input_ids=input_ids, position_ids=position_ids, use_cache=False, swift_segments=lengths).last_hidden_state[0]
+
+    @torch.no_grad()
+    def _plain_head(self) -> Head | None:
+        """The head, when four tokens show that it is what we think it is; None: use the model's own forward."""
+        module = self.model.get_output_embeddings()
+        dtype = self.autocast
+        if isinstance(module, TrainedCopy):
+            module, dtype = module.whole, module.dtype
+        if not isinstance(module, nn.Linear) or module.bias is not None:
+            return None
+        config = self.model.config.to_dict()
+        scale = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1)
+        head = Head(module.weight, dtype or module.weight.dtype, scale, config.get("final_logit_softcapping"))
+        ids = torch.arange(4, device=self.device)[None]
+        training = self.model.training
+        self.model.eval()
+        with self._precision():
+            mine = head.logits(self._hidden(ids, ids, (4,)))
+            stock = self.model(input_ids=ids, position_ids=ids, use_cache=False, swift_segments=(4,)).logits[0].float()
+        self.model.train(training)
+        close = 1e-4 if head.dtype in (torch.float32, torch.float64) else 3e-2
+        return head if torch.allclose(mine, stock, rtol=close, atol=close * stock.abs().max().item()) else None

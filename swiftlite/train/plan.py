@@ -1,0 +1,105 @@
+"""Which rows go into which forward pass of which step, and the learning rate there: pure functions of the step number.
+
+Nothing here holds state, so "where a run stands" is one integer and resuming needs no cursor. Knows lengths only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from swiftlite.errors import UsageError
+
+ROWS_A_STEP = 16  # where gradient accumulation is left to us
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate by step: linear warm-up, then cosine or linear to zero, or constant."""
+
+    peak: float
+    kind: str
+    warmup: int
+    total: int
+
+    def __call__(self, step: int) -> float:
+        """The rate of 0-based `step`. The first step already learns."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        if self.kind == "cosine":
+            return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.peak * max(0.0, 1 - done) if self.kind == "linear" else self.peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of training: `epoch(e)` is a list of steps, a step a list of forward passes, a pass a list of row numbers."""
+
+    lengths: tuple[int, ...]
+    rows: int  # rows a forward pass
+    accumulation: int  # forward passes a step
+    packing: bool
+    shuffle: bool
+    seed: int
+
+    @staticmethod
+    def make(lengths: Sequence[int], rows: int, accumulation: int | None, packing: bool, shuffle: bool, seed: int) -> Plan:
+        """`accumulation` None: about 16 rows a step. UsageError for sizes below 1."""
+        for name, value in (("per_device_train_batch_size", rows), ("gradient_accumulation_steps", accumulation)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, got {value}")
+        return Plan(tuple(lengths), rows, accumulation or max(1, round(ROWS_A_STEP / rows)), packing, shuffle, seed)
+
+    @cached_property
+    def budget(self) -> int:
+        """Tokens a packed forward pass may hold; a longer row goes alone."""
+        return math.ceil(self.rows * sum(self.lengths) / len(self.lengths))
+
+    def passes(self, epoch: int) -> list[list[int]]:
+        """Forward passes of one epoch."""
+        seed = self.seed + epoch
+        if self.packing:
+            from swiftlite.data.packing import pack
+
+            return pack([min(length, self.budget) for length in self.lengths], self.budget, seed)
+        order = np.random.default_rng(seed).permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+        return [order[i : i + self.rows].tolist() for i in range(0, len(order), self.rows)]
+
+    @lru_cache(maxsize=2)  # noqa: B019 (a plan lives as long as its run)
+    def epoch(self, number: int) -> list[list[list[int]]]:
+        passes = self.passes(number)
+        return [passes[i : i + self.accumulation] for i in range(0, len(passes), self.accumulation)]
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return len(self.epoch(0))
+
+    def step(self, number: int) -> list[list[int]]:
+        """Forward passes of the 0-based optimizer step."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        steps = self.epoch(epoch)
+        # A packer may need one pass more or less from one epoch to the next; steps per epoch are fixed by the first.
+        return steps[within] if within < len(steps) else steps[within % len(steps)]
+
+    def total_steps(self, epochs: float, max_steps: int) -> int:
+        return max_steps if max_steps > 0 else max(1, math.ceil(epochs * self.steps_per_epoch))
+
+    def largest_pass(self) -> list[int]:
+        """The first epoch's pass with the most tokens."""
+        return max((p for step in self.epoch(0) for p in step), key=lambda p: sum(self.lengths[i] for i in p))
+
+    def describe(self) -> str:
+        tokens, passes = sum(self.lengths), sum(len(step) for step in self.epoch(0))
+        if self.packing:
+            head = (
+                f"packing: up to {self.budget} tokens a forward pass ({self.rows} rows of mean length {tokens / len(self.lengths):.0f}), "
+                f"{len(self.lengths)} rows in {passes} passes, {tokens / passes / self.budget:.0%} full"
+            )
+        else:
+            head = f"no packing: {self.rows} rows a forward pass, {len(self.lengths)} rows in {passes} passes"
+        return f"{head}; {self.accumulation} passes a step, {self.steps_per_epoch} steps an epoch"

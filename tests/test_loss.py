@@ -1,0 +1,93 @@
+"""Chunked cross entropy against torch's own, value and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swiftlite.models.loading import load_model
+from swiftlite.models.segments import register
+from swiftlite.train import loss as loss_module
+from swiftlite.train.batches import collate
+from swiftlite.train.loss import Head, TargetLoss, chunked_nll
+from tests.test_segments import rows
+
+CPU = torch.device("cpu")
+
+
+def reference(hidden, weight, labels, scale, softcap):
+    logits = scale * (hidden @ weight.T)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="sum")
+
+
+@pytest.mark.parametrize("trained_head", [True, False])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 5.0), (0.3, 2.0)])
+def test_equals_torch(monkeypatch, scale, softcap, trained_head):
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 16 * 4 * 101)  # 16 rows a chunk: several chunks and a rest
+    torch.manual_seed(0)
+    hidden = torch.randn(53, 24, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(101, 24) * 0.5, requires_grad=trained_head)
+    labels = torch.randint(0, 101, (53,))
+    want = reference(hidden, weight, labels, scale, softcap)
+    (want / 7).backward()
+    wanted = [hidden.grad.clone(), weight.grad.clone() if trained_head else None]
+    hidden.grad = weight.grad = None
+    got, hits = chunked_nll(hidden, labels, Head(weight, torch.float32, scale, softcap))
+    (got / 7).backward()
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+    torch.testing.assert_close(hidden.grad, wanted[0], rtol=1e-5, atol=1e-6)
+    assert (weight.grad is not None) == trained_head
+    if trained_head:
+        torch.testing.assert_close(weight.grad, wanted[1], rtol=1e-5, atol=1e-6)
+    assert hits.item() == ((hidden @ weight.T).argmax(1) == labels).sum().item()
+
+
+def test_gradcheck_in_double():
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(9, 6, dtype=torch.float64), requires_grad=False)
+    labels = torch.randint(0, 9, (5,))
+    assert torch.autograd.gradcheck(lambda h: chunked_nll(h, labels, Head(weight, torch.float64, 0.7, 3.0))[0], (hidden,))
+
+
+def test_loss_value_is_float32_in_bfloat16():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 32).bfloat16(), torch.nn.Parameter(torch.randn(500, 32).bfloat16(), requires_grad=False)
+    labels = torch.randint(0, 500, (300,))
+    got, _ = chunked_nll(hidden.requires_grad_(), labels, Head(weight, torch.bfloat16))
+    want = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("llama", {}), ("qwen2", {}), ("gemma2", {"final_logit_softcapping": 8.0}), ("granite", {})]
+)
+def test_heads_are_understood(make_model, family, overrides):
+    """Soft caps and scales take the chunked path, and it gives the stock forward's loss."""
+    model = load_model(make_model(family, **overrides), torch.float32, CPU, register())
+    loss = TargetLoss(model)
+    assert loss.head is not None
+    batch = collate(rows(21, 9), CPU)
+    chunked = loss(batch)
+    loss.head = None
+    stock = loss(batch)
+    assert chunked[0].item() == pytest.approx(stock[0].item(), rel=1e-5)
+    assert chunked[1].item() == stock[1].item()
+
+
+def test_unknown_head_goes_through_the_stock_forward(make_model):
+    model = load_model(make_model("llama"), torch.float32, CPU, register())
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Hardtanh())  # a head that no config key announces
+    loss = TargetLoss(model)
+    assert loss.head is None
+    sample = rows(12)[0]
+    nll, _ = loss(collate([sample], CPU))
+    ids = torch.tensor(sample.ids.astype(np.int64))[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    keep = torch.tensor(sample.mask[1:])
+    assert nll.item() == pytest.approx(F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="sum").item(), rel=1e-5)

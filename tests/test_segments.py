@@ -1,0 +1,111 @@
+"""Packed attention: a document's result does not depend on its neighbours, and equals the stock model's alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swiftlite.errors import ModelError
+from swiftlite.models.loading import load_model
+from swiftlite.models.segments import attend, register
+from swiftlite.train.batches import collate
+from swiftlite.train.lora import Lora, LoraSpec
+from swiftlite.train.loss import TargetLoss
+
+CPU = torch.device("cpu")
+FAMILIES = ["llama", "llama_mqa", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "glm4", "olmo2", "granite"]
+
+
+@dataclass
+class Row:
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+def rows(*lengths: int, seed: int = 0) -> list[Row]:
+    generator = np.random.default_rng(seed)
+    return [Row(generator.integers(3, 300, n).astype(np.int32), np.arange(n) >= n // 3) for n in lengths]
+
+
+def load(path):
+    return load_model(path, torch.float32, CPU, register())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_unpacked_and_stock(make_model, family):
+    path = make_model(family)
+    samples = rows(40, 7, 23)  # 40 and 23 pass the windows of 16
+    torch.manual_seed(0)
+    model = load(path)
+    lora = Lora(model, LoraSpec(4, 8))
+    for name, parameter in lora.named_parameters():  # B is zero at first, and would hide A's gradient
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    loss = TargetLoss(model)
+
+    def gradients(groups: list[list[Row]]) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        total = 0.0
+        for group in groups:
+            nll, _ = loss(collate(group, CPU))
+            nll.backward()
+            total += nll.item()
+        return total, {name: p.grad.clone() for name, p in lora.named_parameters()}
+
+    packed, packed_grads = gradients([samples])
+    alone, alone_grads = gradients([[sample] for sample in samples])
+    assert packed == pytest.approx(alone, rel=1e-6)
+    for name, grad in packed_grads.items():
+        torch.testing.assert_close(grad, alone_grads[name], rtol=1e-5, atol=1e-6 * max(1.0, alone_grads[name].abs().max().item()))
+
+    reference = load_model(path, torch.float32, CPU, "eager")  # no adapter: compare with B = 0
+    for name, parameter in lora.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.zero_()
+    stock = 0.0
+    for sample in samples:
+        ids = torch.tensor(sample.ids.astype(np.int64))[None]
+        logits = reference(input_ids=ids).logits[0, :-1].float()
+        keep = torch.tensor(sample.mask[1:])
+        stock += F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="sum").item()
+    assert loss(collate(samples, CPU))[0].item() == pytest.approx(stock, rel=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "mistral"])
+def test_first_document_never_changes_the_second(make_model, family):
+    model = load(make_model(family))
+    first, other, second = rows(19, 19, 30)
+
+    def outputs(before: Row) -> torch.Tensor:
+        batch = collate([before, second], CPU)
+        with torch.no_grad():
+            body = model.base_model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, swift_segments=batch.lengths
+            )
+        return body.last_hidden_state[0, batch.lengths[0] :]
+
+    assert torch.equal(outputs(first), outputs(other))
+
+
+def test_unknown_keyword_is_refused(make_model):
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ModelError, match="s_aux"):
+        attend(torch.nn.Module(), q, q, q, None, s_aux=torch.zeros(2))
+    with pytest.raises(ModelError, match="mask"):
+        attend(torch.nn.Module(), q, q, q, torch.zeros(1))
+
+
+def test_collate_leaves_out_what_teaches_nothing():
+    one = Row(np.array([5, 6, 7, 8, 9], np.int32), np.array([True, False, True, False, False]))
+    two = Row(np.array([10, 11, 12], np.int32), np.array([False, True, True]))
+    batch = collate([one, two], CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 10, 11]]  # nothing after the last target's predecessor
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1]]
+    assert batch.lengths == (2, 2)
+    assert batch.keep.tolist() == [1, 2, 3]
+    assert batch.labels.tolist() == [7, 11, 12]
+    assert batch.tokens == 8
