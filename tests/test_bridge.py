@@ -133,7 +133,7 @@ def test_convolution_is_refused() -> None:
     refused(build("Lfm2", **base(full_attn_idxs=[1], block_multiple_of=8)), "convolution")
 
 
-@pytest.mark.parametrize("name", ["Mamba", "Qwen3Next", "RecurrentGemma", "Bloom"])
+@pytest.mark.parametrize("name", ["Mamba", "Qwen3Next", "RecurrentGemma", "Bloom", "Falcon"])
 def test_no_plain_attention_is_refused(name: str, tmp_path: Path) -> None:
     """Recurrent models, and those (ALiBi) that do not attend through the interface, whatever step they fail at."""
     own = {
@@ -143,12 +143,13 @@ def test_no_plain_attention_is_refused(name: str, tmp_path: Path) -> None:
                           num_hidden_layers=4),
         "RecurrentGemma": base(lru_width=48, attention_window_size=8),
         "Bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 2},
+        "Falcon": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
     }  # fmt: skip
     config = getattr(transformers, f"{name}Config")(**own[name])
     getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path / name)
     with pytest.raises(ModelError) as caught:
         Bridge(load(tmp_path / name), CPU)
-    assert caught.value.why
+    assert caught.value.why and "vllm" in caught.value.fix
 
 
 class Twice(nn.Module):

@@ -127,7 +127,14 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, atten
             )  # fmt: skip
     except ModelError:
         raise
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+    except KeyError as error:
+        if error.args != (attention,):
+            raise ModelError(
+                f"The weights of {directory} cannot be loaded.", _reason(error), "download or export the model again"
+            ) from error
+        why = f"{config.model_type} has its own attention code, outside transformers' attention interface"
+        raise ModelError(f"{directory} cannot run with attention {attention!r}.", why, "serve it with --infer_backend vllm") from error
+    except (ImportError, OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise ModelError(f"The weights of {directory} cannot be loaded.", _reason(error), "download or export the model again") from error
     except Exception as error:  # safetensors raises its own class for a truncated or foreign file
         if type(error).__name__ != "SafetensorError":
