@@ -47,6 +47,10 @@ class CheckpointError(SwiftError):
     """A training checkpoint is incomplete or does not fit the run."""
 
 
+class TrainError(SwiftError):
+    """Training cannot go on: the loss is no number, or nothing learns."""
+
+
 class RequestError(SwiftError):
     """One request is invalid (HTTP 400); `param` names the field, as OpenAI's error objects do."""
 
