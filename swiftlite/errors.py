@@ -51,6 +51,10 @@ class TrainError(SwiftError):
     """Training cannot go on: the loss is no number, or nothing learns."""
 
 
+class OverloadError(SwiftError):
+    """Too many requests wait (HTTP 503)."""
+
+
 class RequestError(SwiftError):
     """One request is invalid (HTTP 400); `param` names the field, as OpenAI's error objects do."""
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from swiftlite.engine.detok import Detokenizer
     from swiftlite.engine.lora import AdapterVersion
     from swiftlite.engine.sampler import SamplingState
+    from swiftlite.engine.stream import Signal
 
 
 def _check(condition: bool, what: str, param: str) -> None:
@@ -145,6 +146,7 @@ class Request:
     adapter: AdapterVersion | None
     stop_ids: frozenset[int]  # ids that end an answer: end-of-turn ids (unless ignore_eos) and params.stop_token_ids
     arrival: float  # seconds, monotonic
+    signal: Signal  # wakes the readers
     sequences: list[Sequence] = field(default_factory=list)
     siblings_pending: bool = False  # n > 1 and the first sequence's prompt is not computed yet
     num_cached: int = 0  # prompt tokens found in the prefix cache

@@ -49,6 +49,7 @@ class Scheduler:
         self.num_waiting = 0
         self.num_preemptions = 0
         self.step = 0
+        self._blocked: tuple[Sequence, int] | None = None  # who could not be admitted, with how many free blocks
         self.copies: list[tuple[int, int]] = []  # block copies to make before the step's forward
 
     @property
@@ -82,6 +83,7 @@ class Scheduler:
         for seq in sequences:
             if seq.running:
                 seq.running = False
+                self.running.remove(seq)
             elif seq in self._preempted:
                 self._preempted.remove(seq)
                 self.num_waiting -= 1
@@ -94,7 +96,6 @@ class Scheduler:
                     if not queue:
                         del self._waiting[key]
             self._drop_blocks(seq)
-        self.running = [seq for seq in self.running if seq.running]
 
     def done(self, item: Scheduled) -> None:
         """The item's tokens are computed: K/V is in its blocks, and newly full blocks can be found."""
@@ -114,7 +115,7 @@ class Scheduler:
                 continue
             if len(seq.token_ids) - seq.num_computed > 1:
                 started.append(seq)
-            elif self._cover(seq, 1, batch):
+            elif self._cover(seq, 1):
                 batch.append(Scheduled(seq, seq.num_computed, 1, 1))
                 seq.step = self.step
         left = self.budget - len(batch)
@@ -126,8 +127,6 @@ class Scheduler:
             if not self._admit(seq):
                 break
             left -= self._chunk(seq, left, batch)
-        if len(self.running) != len([seq for seq in self.running if seq.running]):
-            self.running = [seq for seq in self.running if seq.running]
         return batch
 
     def _chunk(self, seq: Sequence, left: int, batch: list[Scheduled]) -> int:
@@ -138,7 +137,7 @@ class Scheduler:
         room = (len(seq.block_table) + self.pool.num_free) * self.pool.block_size - start
         if room < count and batch:
             count = room  # older ones have their tokens; take what there is and wait
-        if count <= 0 or not self._cover(seq, count, batch):
+        if count <= 0 or not self._cover(seq, count):
             return 0
         rows = 1 if start + count == total else 0
         if known is not None and len(known) < seq.prompt_len:  # logits at position p say how likely token p + 1 was
@@ -147,7 +146,7 @@ class Scheduler:
         seq.step = self.step
         return count
 
-    def _cover(self, seq: Sequence, count: int, batch: list[Scheduled]) -> bool:
+    def _cover(self, seq: Sequence, count: int) -> bool:
         """Give `seq` blocks for `count` more tokens, preempting younger sequences; False when `seq` itself has to wait."""
         pool, table = self.pool, seq.block_table
         copy = seq.forked and seq.num_computed % pool.block_size != 0 and pool.refs[table[seq.num_computed // pool.block_size]] > 1
@@ -155,9 +154,7 @@ class Scheduler:
         if need > 0 or copy:
             while pool.num_free < max(need, 0) + copy:
                 victim = self._youngest()
-                if victim is None or (victim is seq and not batch and self._alone(seq)):
-                    assert batch, "a sequence that is alone must fit"
-                    return False
+                assert victim is not seq or len(self.running) > 1, "a sequence that is alone must fit"
                 self._preempt(victim)
                 if victim is seq:
                     return False
@@ -172,18 +169,13 @@ class Scheduler:
         seq.forked = False
         return True
 
-    def _youngest(self) -> Sequence | None:
-        """The running sequence to preempt: the youngest that is not part of this step."""
-        for seq in reversed(self.running):
-            if seq.running and seq.step != self.step:
-                return seq
-        return None
-
-    def _alone(self, seq: Sequence) -> bool:
-        return not any(other.running and other is not seq for other in self.running)
+    def _youngest(self) -> Sequence:
+        """The running sequence to preempt: the youngest that is not part of this step (who asks is not, so there is one)."""
+        return next(seq for seq in reversed(self.running) if seq.step != self.step)
 
     def _preempt(self, seq: Sequence) -> None:
         seq.running = False
+        self.running.remove(seq)
         self._drop_blocks(seq)
         self._requeue(seq)
         self.num_preemptions += 1
@@ -212,6 +204,8 @@ class Scheduler:
     def _admit(self, seq: Sequence) -> bool:
         """Move the next waiting sequence to the running ones if its tokens fit beside what runs."""
         pool = self.pool
+        if self.running and self._blocked is not None and self._blocked[0] is seq and pool.num_free <= self._blocked[1]:
+            return False  # nothing was freed since: spare the hashing
         blocks: list[int] = []
         digests: list[bytes] = []
         if seq.index or seq.request.prompt_logprobs is None:  # prompt log-probabilities need every prompt token computed
@@ -219,7 +213,9 @@ class Scheduler:
         need = -(-len(seq.token_ids) // pool.block_size) - len(blocks)
         # one spare block for each running sequence, so that the newcomer is not preempted right away
         if need + pool.num_unused(blocks) + len(self.running) > pool.num_free and self.running:
+            self._blocked = (seq, pool.num_free)
             return False
+        self._blocked = None
         pool.share(blocks)
         seq.block_table, seq.digests = blocks, digests
         seq.num_computed = len(blocks) * pool.block_size
@@ -239,7 +235,7 @@ class Scheduler:
         self._insert(self.running, seq)
         return True
 
-    def check(self, pending: list[Sequence] | None = None) -> None:
+    def check(self) -> None:
         """AssertionError unless blocks and sequences agree (`BlockPool.check`)."""
         self.pool.check((seq.block_table, seq.num_computed) for seq in self.running)
         waiting = [*self._preempted, *(seq for queue in self._waiting.values() for seq in queue)]
