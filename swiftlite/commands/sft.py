@@ -82,9 +82,8 @@ def sft(options: Options) -> dict[str, Any]:
     tuner: Any = Full(model, dtype) if full else _lora(options, model, start_from, resumed)
     loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None)
     trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))
-    print(
-        f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {time.perf_counter() - began:.1f} s"
-    )
+    ready = time.perf_counter() - began
+    print(f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {ready:.1f} s")
     _checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained)
 
     from swiftlite.train import folder
@@ -237,7 +236,7 @@ def _max_length(options: Options, config: Any) -> int:
 
 
 def _rows(options: Options, template: Any, max_length: int) -> tuple[list[Any], list[Any], str]:
-    from swiftlite.data import load_training
+    from swiftlite.data.loading import load_training
 
     began = time.perf_counter()
     samples, evaluation, _, report = load_training(options, template, max_length)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from swiftlite.models.loading import quiet
+
 
 class Full:
     """All parameters of a float32 model. `dtype`: that of the saved weights."""
@@ -44,7 +46,8 @@ class Full:
         generation, self.model.generation_config = self.model.generation_config, GenerationConfig()  # saved by us: see below
         attention, self.model.config._attn_implementation = self.model.config._attn_implementation, "sdpa"
         try:
-            self.model.save_pretrained(directory, state_dict=weights)
+            with quiet():
+                self.model.save_pretrained(directory, state_dict=weights)
         finally:
             self.model.generation_config, self.model.config._attn_implementation = generation, attention
         file = directory / "config.json"

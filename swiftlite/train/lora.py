@@ -26,6 +26,10 @@ from torch import Tensor, nn
 from swiftlite.errors import AdapterError, UsageError
 
 PREFIX = "base_model.model."
+# Fields of PEFT's LoraConfig that change the arithmetic in ways we do not train.
+NOT_PLAIN = (
+    "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layers_to_transform", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -109,10 +113,7 @@ class LoraSpec:
             raise AdapterError(
                 f"{directory} is not a LoRA adapter", f"{CONFIG}: {error}", "pass a folder that holds a PEFT adapter"
             ) from None
-        unusual = [
-            name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layers_to_transform", "trainable_token_indices", "target_parameters")
-            if config.get(name)
-        ]  # fmt: skip
+        unusual = [name for name in NOT_PLAIN if config.get(name)]
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
             kind = ", ".join(unusual) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
             raise AdapterError(f"cannot go on training {directory}", f"it is not plain LoRA: {kind}", "merge it and train on the result")

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from swiftlite.data.packing import pack
 from swiftlite.errors import UsageError
 
 ROWS_A_STEP = 16  # where gradient accumulation is left to us
@@ -64,8 +65,6 @@ class Plan:
         """Forward passes of one epoch."""
         seed = self.seed + epoch
         if self.packing:
-            from swiftlite.data.packing import pack
-
             return pack([min(length, self.budget) for length in self.lengths], self.budget, seed)
         order = np.random.default_rng(seed).permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
         return [order[i : i + self.rows].tolist() for i in range(0, len(order), self.rows)]
