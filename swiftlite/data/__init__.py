@@ -1,0 +1,9 @@
+"""Datasets: files and hub ids -> rows -> conversations -> encoded samples -> packed batches."""
+
+from __future__ import annotations
+
+from swiftlite.data.encoding import Report, Sample
+from swiftlite.data.loading import load, load_training
+from swiftlite.data.rows import BadRow, Row, Rows
+
+__all__ = ["BadRow", "Report", "Row", "Rows", "Sample", "load", "load_training"]
