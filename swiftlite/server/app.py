@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from swiftlite.server import chat, completions, models
-from swiftlite.server.errors import APIError, answer, from_request_error, install
+from swiftlite.server.errors import APIError, answer, from_swift_error, install
 from swiftlite.server.gate import Gate, read_json
 from swiftlite.server.protocol import ChatRequest, CompletionRequest, parse
 from swiftlite.server.service import Service, UnknownModel
@@ -24,7 +24,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.exception_handler(UnknownModel)
     async def unknown_model(_: Request, error: UnknownModel) -> JSONResponse:
-        refused = from_request_error(error)
+        refused = from_swift_error(error)
         refused.status = 404
         return answer(refused)
 

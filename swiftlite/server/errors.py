@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from swiftlite.errors import RequestError
+from swiftlite.errors import AdapterError, OverloadError, RequestError, SwiftError, TemplateError
 
 log = logging.getLogger("swiftlite.server")
 
@@ -41,10 +41,14 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
 
-def from_request_error(error: RequestError) -> APIError:
-    """The engine's and the template's refusals, as one sentence after the other."""
-    parts = [part.rstrip(".") for part in (error.what, error.why, error.fix) if part]
-    return APIError(". ".join(parts), 400, error.param)
+def from_swift_error(error: SwiftError, request_id: str = "") -> APIError:
+    """Refusals of the engine and the template. What may name a path of ours (a model, an adapter) is not passed on."""
+    if isinstance(error, RequestError | OverloadError | TemplateError):
+        message = ". ".join(part.rstrip(".") for part in (error.what, error.why, error.fix) if part)
+        return APIError(message, 503 if isinstance(error, OverloadError) else 400, error.param if isinstance(error, RequestError) else None)
+    if isinstance(error, AdapterError):  # it was taken out between the look-up and the request
+        return APIError("this adapter is not served any more", 404, "model")
+    return internal(error, request_id)
 
 
 def answer(error: APIError) -> JSONResponse:
@@ -61,9 +65,9 @@ def install(app: FastAPI) -> None:
     async def refused(_: Request, error: APIError) -> JSONResponse:
         return answer(error)
 
-    @app.exception_handler(RequestError)
-    async def invalid(_: Request, error: RequestError) -> JSONResponse:
-        return answer(from_request_error(error))
+    @app.exception_handler(SwiftError)
+    async def invalid(request: Request, error: SwiftError) -> JSONResponse:
+        return answer(from_swift_error(error, request.scope.get("request_id", "")))
 
     @app.exception_handler(HTTPException)
     async def routed(request: Request, error: HTTPException) -> JSONResponse:
@@ -85,3 +89,10 @@ def internal(error: BaseException, request_id: str) -> APIError:
     """A bug of ours: the traceback goes to the log, its id to the client."""
     log.error("request %s failed", request_id, exc_info=error)
     return APIError(f"internal error; the server's log has it under request {request_id}", 500)
+
+
+def as_api_error(error: Exception, request_id: str) -> APIError:
+    """Any exception as what the client is told."""
+    if isinstance(error, APIError):
+        return error
+    return from_swift_error(error, request_id) if isinstance(error, SwiftError) else internal(error, request_id)

@@ -64,8 +64,7 @@ class Service:
         self.created = int(time.time())
         self.base = Served(name, None, template)
         self.adapters = {adapter: Served(adapter, adapter, own) for adapter, own in (adapters or {}).items()}
-        vocab_size = len(engine.tokenizer)
-        self.limits = Limits(engine.max_model_len, vocab_size, max_logprobs, max_n)
+        self.limits = Limits(engine.max_model_len, engine.vocab_size, max_logprobs, max_n)
         # Rust tokenizers let go of the GIL; two threads, so that one long prompt does not hold up the short ones.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 

@@ -17,8 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from swiftlite.engine.engine import Stream
 from swiftlite.engine.request import RequestOutput
-from swiftlite.errors import RequestError
-from swiftlite.server.errors import APIError, from_request_error, internal
+from swiftlite.server.errors import APIError, as_api_error
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -60,12 +59,8 @@ class EventStream(Response):
         try:
             async for chunk in self.chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except RequestError as error:
-            await send({"type": "http.response.body", "body": event(from_request_error(error).body()), "more_body": True})
-        except APIError as error:
-            await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
-        except Exception as error:
-            await send({"type": "http.response.body", "body": event(internal(error, request_id).body()), "more_body": True})
+        except Exception as error:  # the status line is sent already: say it in the stream
+            await send({"type": "http.response.body", "body": event(as_api_error(error, request_id).body()), "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 
@@ -97,11 +92,10 @@ async def results(streams: Sequence[Stream]) -> list[RequestOutput]:
     outputs = []
     try:
         for stream in streams:
-            async for output in stream:
-                last = output
-            if (error := failed(last)) is not None:
+            output = await stream.aresult()
+            if (error := failed(output)) is not None:
                 raise error
-            outputs.append(last)
+            outputs.append(output)
     except BaseException:
         abort_all(streams)
         raise
