@@ -78,7 +78,7 @@ class Engine:
     def submit(self, prompt: Prompt, params: SamplingParams, *, adapter: str | None = None, request_id: str | None = None) -> Stream:
         """Queue a request, from any thread. Text is tokenized as the tokenizer does by itself, special tokens in it included.
 
-        Raises RequestError when it can never run, OverloadError when too many wait, AdapterError for an unknown adapter.
+        Raises RequestError when it can never run (an unknown adapter included), OverloadError when too many wait.
         """
         request = self._make(prompt, params, adapter, request_id)
         try:
@@ -201,7 +201,7 @@ class Engine:
     def _check(self) -> None:
         self._loop.check()
         if self.runner.lora is not None:
-            self.runner.lora.check()
+            self.runner.lora.check(self._loop.adapters_held())
 
     def shutdown(self) -> None:
         """Abort what runs and end the loop's thread. Safe to call twice."""

@@ -9,6 +9,7 @@ It does not know text (but for stop strings, through the request's detokenizer),
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -86,7 +87,7 @@ class StepLoop:
                 raise RequestError(f"a request {taken!r} is running already", fix="give each request its own id", param="request_id")
             for request in requests:
                 self._requests[request.id] = request
-                self._inbox.append(lambda first=request.sequences[0]: self.scheduler.add(first))
+                self._inbox.append(functools.partial(self._admit, request))
             self.counters["requests"] += len(requests)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="swiftlite-engine", daemon=True)
@@ -98,7 +99,7 @@ class StepLoop:
         with self._lock:
             request = self._requests.get(request_id)
             if request is not None:
-                self._inbox.append(lambda: self._end_request(request, "abort"))
+                self._inbox.append(functools.partial(self._end_request, request, "abort"))
                 self._lock.notify()
 
     def between_steps(self, function: Callable[[], T]) -> T:
@@ -143,6 +144,11 @@ class StepLoop:
         }  # fmt: skip
         return {**self.counters, **gauges, "preemptions": self.counters["preemptions"] + scheduler.num_preemptions}
 
+    def adapters_held(self) -> list[AdapterVersion]:
+        """The adapter of each unfinished request that has one."""
+        with self._lock:
+            return [request.adapter for request in self._requests.values() if request.adapter is not None]
+
     def check(self) -> None:
         """AssertionError when blocks and sequences disagree. Between steps only (see `between_steps`)."""
         self.scheduler.check()
@@ -176,6 +182,10 @@ class StepLoop:
             for request in list(self._requests.values()):
                 self._end_request(request, "abort")
             self._inbox, self._thread = [], None
+
+    def _admit(self, request: Request) -> None:
+        if not request.finished:
+            self.scheduler.add(request.sequences[0])
 
     def _look_for_leaks(self) -> None:
         pool = self.scheduler.pool

@@ -16,6 +16,7 @@ A row whose best logit is not finite (NaN wins every max) yields token -1. It do
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,7 +178,7 @@ class Sampler:
         top_k = [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params]
         cut = [row for row, p in enumerate(params) if top_k[row] or p.top_p < 1]
 
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        def column(values: list[Any], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
         return _Plan(
