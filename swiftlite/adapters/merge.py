@@ -155,7 +155,7 @@ def carry(base_dir: Path, adapter_dir: Path, out: Path) -> None:
                 continue
             full = {key: "full" for key in ("tuner_type", "sft_type", "train_type") if key in settings} or {"tuner_type": "full"}
             # The merged directory is the model from now on; the base's name must not be taken for it.
-            unset = dict.fromkeys((key for key in ("model", "model_id_or_path", "ckpt_dir", "adapters") if key in settings))
+            unset = dict.fromkeys(key for key in ("model", "model_id_or_path", "ckpt_dir", "adapters") if key in settings)
             merged = {**settings, **full, **unset, "merged_from": {"base": str(base_dir), "adapter": str(adapter_dir)}}
             (out / name).write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -163,7 +163,7 @@ def carry(base_dir: Path, adapter_dir: Path, out: Path) -> None:
 def free_memory() -> int:
     """Bytes that can be used without swapping."""
     try:
-        for line in open("/proc/meminfo", encoding="ascii"):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
@@ -195,9 +195,8 @@ def check(base_dir: Path, adapter_dir: Path, merged_dir: Path, shards: Shards, l
     difference = (got - expected).abs().max().item()
     relative = ((got - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()).item()
     agreement = (got.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    log(
-        f"check: logits of base + adapter and merged differ by at most {difference:.2e} ({relative:.1e} relative), top-1 agrees on {agreement:.1%}"
-    )
+    log(f"check: logits of base + adapter and merged differ by at most {difference:.2e} ({relative:.1e} relative)")
+    log(f"check: top-1 agrees on {agreement:.1%} of {prompts.numel()} random positions")
     dtypes = {info.dtype for info in shards.tensors.values()}
     if not relative <= max(TOLERANCE.get(dtype, TOLERANCE_16_BIT) for dtype in dtypes):
         raise AdapterError(

@@ -1,0 +1,229 @@
+"""The arithmetic of many adapters in one batch: which rows go through which GEMMs, and the GEMMs.
+
+Rows arrive with each adapter's rows adjacent. A segment with many rows gets a GEMM pair of its own; the segments with few
+rows (decode) whose adapters lie in one stack go together, as one pair of batched GEMMs over a range of slots. Linears that
+read the same input (q/k/v, gate/up) share one A product. The scale lies inside B, ranks are true ranks, and rows without an
+adapter appear in no job. `reference` is the plain statement of what is computed; tests hold the jobs against it.
+
+Measured for the choice (bf16, r=16, q/k/v of 1024 -> 4096, 8 adapters, 2 cores, microseconds; one pair per segment against
+batched): 770/245 at one row each, 780/263 at 8, 850/373 at 32, 990/546 at 64.
+
+It knows stacks and rows, not names, versions or modules. Letters: T rows, R rank (R* summed over a group's parts), S slots.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ALONE_ROWS = 128  # a segment of so many rows gains nothing from company
+STACK_SLOTS = 8
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Linears that share their input: its width, and each part's output width and rank (0: not adapted)."""
+
+    width: int
+    outs: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+class Stack:
+    """Up to STACK_SLOTS adapters of one layout, each one contiguous row of memory: [S, N].
+
+    Unused slots are zeros that cost no memory (untouched pages); `clear` gives a slot's pages back.
+    """
+
+    def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.groups = groups
+        self.size = sum(
+            sum(shape.ranks) * shape.width + sum(r * o for r, o in zip(shape.ranks, shape.outs, strict=True)) for shape in groups
+        )
+        page = mmap.PAGESIZE // dtype.itemsize
+        stride = -(-self.size // page) * page
+        self.memory: mmap.mmap | None = None
+        if device.type == "cpu":
+            self.memory = mmap.mmap(-1, STACK_SLOTS * stride * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            flat = torch.frombuffer(self.memory, dtype=dtype)
+        else:
+            flat = torch.zeros(STACK_SLOTS * stride, dtype=dtype, device=device)
+        self.rows = flat.view(STACK_SLOTS, stride)
+        self.free = list(range(STACK_SLOTS))
+        self.a: list[Tensor | None] = []  # per group [S, R*, width]
+        self.b: list[list[Tensor | None]] = []  # per group and part [S, R, out]
+        offset = 0
+        for shape in groups:
+            total = sum(shape.ranks)
+            self.a.append(self.rows[:, offset : offset + total * shape.width].unflatten(1, (total, shape.width)) if total else None)
+            offset += total * shape.width
+            parts: list[Tensor | None] = []
+            for rank, out in zip(shape.ranks, shape.outs, strict=True):
+                parts.append(self.rows[:, offset : offset + rank * out].unflatten(1, (rank, out)) if rank else None)
+                offset += rank * out
+            self.b.append(parts)
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.size * self.rows.element_size()
+
+    def columns(self, group: int, part: int) -> slice:
+        """Where a part's rank lies in the group's A product."""
+        start = sum(self.groups[group].ranks[:part])
+        return slice(start, start + self.groups[group].ranks[part])
+
+    def write(self, slot: int, group: int, weights: list[tuple[Tensor, Tensor] | None]) -> None:
+        """Fill one slot of one group: per part A [R, width] and scale * B [out, R], or None."""
+        for part, pair in enumerate(weights):
+            if pair is None:
+                continue
+            a, b = self.a[group], self.b[group][part]
+            assert a is not None and b is not None
+            a[slot, self.columns(group, part)].copy_(pair[0])
+            b[slot].copy_(pair[1].T)
+
+    @property
+    def used(self) -> int:
+        return STACK_SLOTS - len(self.free)
+
+    def clear(self, slot: int) -> None:
+        """Free a slot: zeros again, and on CPU its memory goes back."""
+        self.free = sorted([*self.free, slot])
+        if self.memory is None:
+            self.rows[slot].zero_()
+        else:
+            length = self.rows.shape[1] * self.rows.element_size()
+            self.memory.madvise(mmap.MADV_DONTNEED, slot * length, length)
+
+
+class Job(Protocol):
+    """Some rows of the batch and the adapters that they go through."""
+
+    stack: Stack
+
+    def shrink(self, group: int, x: Tensor) -> Tensor: ...
+    def expand(self, group: int, part: int, h: Tensor, y: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Rows start..end through one slot: a GEMM pair."""
+
+    stack: Stack
+    slot: int
+    start: int
+    end: int
+
+    def shrink(self, group: int, x: Tensor) -> Tensor:
+        a = self.stack.a[group]
+        assert a is not None
+        return F.linear(x[self.start : self.end], a[self.slot])  # [n, R*]
+
+    def expand(self, group: int, part: int, h: Tensor, y: Tensor) -> None:
+        b = self.stack.b[group][part]
+        assert b is not None
+        y[self.start : self.end].addmm_(h[:, self.stack.columns(group, part)], b[self.slot])
+
+
+@dataclass(frozen=True)
+class Together:
+    """Slots low..high, each with up to `height` rows: batched GEMMs.
+
+    `gather` [slots * height] picks the rows (padding repeats row 0), `rows` and `cells` say which results go where; all None
+    when the rows lie in slot order without padding, from `start` on.
+    """
+
+    stack: Stack
+    low: int
+    high: int
+    height: int
+    start: int
+    gather: Tensor | None = None
+    rows: Tensor | None = None
+    cells: Tensor | None = None
+
+    def _block(self, x: Tensor) -> Tensor:
+        return x[self.start : self.start + (self.high - self.low) * self.height].unflatten(0, (self.high - self.low, self.height))
+
+    def shrink(self, group: int, x: Tensor) -> Tensor:
+        a = self.stack.a[group]
+        assert a is not None
+        picked = self._block(x) if self.gather is None else x[self.gather].unflatten(0, (-1, self.height))  # [s, height, width]
+        return torch.bmm(a[self.low : self.high], picked.transpose(1, 2)).transpose(1, 2)  # [s, height, R*]; this order is the faster
+
+    def expand(self, group: int, part: int, h: Tensor, y: Tensor) -> None:
+        b = self.stack.b[group][part]
+        assert b is not None
+        b, h = b[self.low : self.high], h[:, :, self.stack.columns(group, part)]
+        if self.gather is None:
+            self._block(y).baddbmm_(h, b)
+        else:
+            assert self.rows is not None and self.cells is not None
+            y.index_add_(0, self.rows, torch.bmm(h, b).flatten(0, 1)[self.cells])
+
+
+Segment = tuple[Stack | None, int, int]  # (stack or None for the base, slot, rows)
+
+
+def plan(segments: list[Segment], device: torch.device) -> list[Job]:
+    """Jobs for consecutive runs of rows; chosen once a step, used by every layer."""
+    jobs: list[Job] = []
+    few: dict[int, list[Alone]] = {}
+    start = 0
+    for stack, slot, count in segments:
+        if stack is not None and count:
+            segment = Alone(stack, slot, start, start + count)
+            if count >= ALONE_ROWS:
+                jobs.append(segment)
+            else:
+                few.setdefault(id(stack), []).append(segment)
+        start += count
+    for members in few.values():
+        members.sort(key=lambda s: s.end - s.start)
+        # One long segment would pad all the others to its length.
+        while (
+            len(members) > 1
+            and (longest := members[-1].end - members[-1].start) > 16
+            and longest > 3 * (members[-2].end - members[-2].start)
+        ):
+            jobs.append(members.pop())
+        jobs += _together(members, device)
+    return jobs
+
+
+def _together(members: list[Alone], device: torch.device) -> list[Job]:
+    if len(members) == 1 or len({m.slot for m in members}) < len(members):
+        return list(members)  # a slot may come twice when the caller did not sort its rows
+    members = sorted(members, key=lambda s: s.slot)
+    stack, low, high = members[0].stack, members[0].slot, members[-1].slot + 1
+    if high - low > 2 * len(members):
+        return list(members)  # most slots of the range would be read for nothing
+    height = max(m.end - m.start for m in members)
+    dense = high - low == len(members) and all(m.end - m.start == height for m in members)
+    if dense and all(m.start == members[0].start + i * height for i, m in enumerate(members)):
+        return [Together(stack, low, high, height, members[0].start)]
+    gather, rows, cells = [0] * ((high - low) * height), [], []
+    for member in members:
+        for i, row in enumerate(range(member.start, member.end)):
+            cell = (member.slot - low) * height + i
+            gather[cell] = row
+            rows.append(row)
+            cells.append(cell)
+    return [Together(stack, low, high, height, 0, *(torch.tensor(v, device=device) for v in (gather, rows, cells)))]
+
+
+def reference(segments: list[Segment], group: int, part: int, x: Tensor, y: Tensor) -> None:
+    """What the jobs compute, row by row: y [T, out] += (x A^T) B^T with each row's own adapter."""
+    row = 0
+    for stack, slot, count in segments:
+        for _ in range(count):
+            if stack is not None and stack.groups[group].ranks[part]:
+                a, b = stack.a[group], stack.b[group][part]
+                assert a is not None and b is not None
+                y[row] += (x[row] @ a[slot, stack.columns(group, part)].T) @ b[slot]
+            row += 1
