@@ -41,7 +41,7 @@ def run_ours(model: Path, cases: list[list[int]], mixed: int, adapters: list[str
         if "--num_prompts" in job[0]:
             found["cases"][0] |= {"input_length": 0, "output_length": 0}
         rows += found["cases"]
-        report = found if not report else report
+        report = report or found
     return {**report, "cases": rows}
 
 
