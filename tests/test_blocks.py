@@ -41,7 +41,7 @@ def test_equal_digests_do_not_serve_other_tokens():
     """A hash collision, forced: the stored tokens are compared too."""
     pool = BlockPool(8, 4)
     root = pool.root(None)
-    table, digests = fill(pool, root, list(range(8)))
+    table, _ = fill(pool, root, list(range(8)))
     pool._by_digest[pool._chain(root, [7, 7, 7, 7], 0)[0]] = table[0]
     assert pool.match(root, [7, 7, 7, 7, 7])[0] == []
 

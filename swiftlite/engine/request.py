@@ -178,7 +178,6 @@ class Sequence:
     num_computed: int = 0
     running: bool = False
     forked: bool = False  # its partial block may be shared: look before writing
-    step: int = -1  # the last step it was scheduled in
     text_end: int = 0  # answer tokens that are text (the stop token is not)
     logprobs: list[TokenLogprob] | None = None
     cumulative_logprob: float = 0.0

@@ -48,7 +48,6 @@ class Scheduler:
         self._preempted: list[Sequence] = []  # in order of arrival
         self.num_waiting = 0
         self.num_preemptions = 0
-        self.step = 0
         self._blocked: tuple[Sequence, int] | None = None  # who could not be admitted, with how many free blocks
         self.copies: list[tuple[int, int]] = []  # block copies to make before the step's forward
 
@@ -73,7 +72,7 @@ class Scheduler:
             return False
         self.pool.share(parent.block_table)
         child.block_table, child.digests = list(parent.block_table), list(parent.digests)
-        child.num_computed, child.step = parent.num_computed, parent.step
+        child.num_computed = parent.num_computed
         child.forked = parent.forked = child.running = True
         self._insert(self.running, child)
         return True
@@ -106,7 +105,6 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next step; empty only when nothing is left to do. Block tables already cover the scheduled tokens."""
-        self.step += 1
         self.copies = []
         batch: list[Scheduled] = []
         started: list[Sequence] = []  # prompts, or preempted answers, that are not computed up to their last token
@@ -117,7 +115,6 @@ class Scheduler:
                 started.append(seq)
             elif self._cover(seq, 1):
                 batch.append(Scheduled(seq, seq.num_computed, 1, 1))
-                seq.step = self.step
         left = self.budget - len(batch)
         for seq in started:
             if left and seq.running:
@@ -143,17 +140,16 @@ class Scheduler:
         if known is not None and len(known) < seq.prompt_len:  # logits at position p say how likely token p + 1 was
             rows = max(rows, min(count, start + count - (len(known) - 1)))
         batch.append(Scheduled(seq, start, count, rows))
-        seq.step = self.step
         return count
 
     def _cover(self, seq: Sequence, count: int) -> bool:
-        """Give `seq` blocks for `count` more tokens, preempting younger sequences; False when `seq` itself has to wait."""
+        """Give `seq` blocks for `count` more tokens, preempting younger sequences; False when `seq` itself is the youngest."""
         pool, table = self.pool, seq.block_table
         copy = seq.forked and seq.num_computed % pool.block_size != 0 and pool.refs[table[seq.num_computed // pool.block_size]] > 1
         need = -(-(seq.num_computed + count) // pool.block_size) - len(table)
         if need > 0 or copy:
             while pool.num_free < max(need, 0) + copy:
-                victim = self._youngest()
+                victim = self.running[-1]  # never part of this step: those that are, are older than `seq`
                 assert victim is not seq or len(self.running) > 1, "a sequence that is alone must fit"
                 self._preempt(victim)
                 if victim is seq:
@@ -168,10 +164,6 @@ class Scheduler:
                 table.extend(pool.allocate(need))
         seq.forked = False
         return True
-
-    def _youngest(self) -> Sequence:
-        """The running sequence to preempt: the youngest that is not part of this step (who asks is not, so there is one)."""
-        return next(seq for seq in reversed(self.running) if seq.step != self.step)
 
     def _preempt(self, seq: Sequence) -> None:
         seq.running = False

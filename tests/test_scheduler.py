@@ -1,0 +1,277 @@
+"""Scheduler: a fuzz against a model of the KV cache that knows what every slot must hold, and the promises one by one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from swiftlite.engine.blocks import BlockPool
+from swiftlite.engine.request import Request, SamplingParams, Sequence
+from swiftlite.engine.scheduler import PROMPT_LOGPROBS_CHUNK, Scheduler
+
+BLOCK = 4
+
+
+@dataclass
+class World:
+    """A scheduler, the requests in it, and a KV cache whose slots remember which prefix they were computed for."""
+
+    num_blocks: int = 24
+    max_num_seqs: int = 8
+    budget: int = 16
+    caching: bool = True
+    slots: dict[int, tuple] = field(default_factory=dict)
+    numbers: itertools.count = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        self.pool = BlockPool(self.num_blocks, BLOCK, self.caching)
+        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.budget)
+        self.live: list[Request] = []
+        self.admitted: list[Sequence] = []  # in order of their first step
+
+    def add(self, prompt: list[int], answer: int = 4, n: int = 1, adapter: str | None = None, prompt_logprobs: bool = False) -> Request:
+        version = SimpleNamespace(digest=adapter) if adapter else None
+        number = next(self.numbers)
+        request = Request(str(number), None, prompt, SamplingParams(n=n), version, frozenset(), 0.0, None)
+        request.siblings_pending = n > 1
+        request.prompt_logprobs = [None] if prompt_logprobs else None
+        for index in range(n):
+            seq = Sequence(request, index, list(prompt), len(prompt), len(prompt) + answer, version, None, None, number * 1000 + index)
+            request.sequences.append(seq)
+        self.live.append(request)
+        self.scheduler.add(request.sequences[0])
+        return request
+
+    def abort(self, request: Request) -> None:
+        self.scheduler.remove([seq for seq in request.sequences if seq.finish_reason is None])
+        self.live.remove(request)
+
+    def step(self, token=lambda seq: 1) -> list:
+        """One step of the loop, with every check that can be made."""
+        batch = self.scheduler.schedule()
+        assert batch or self.scheduler.idle, "work is left, but nothing runs"
+        assert sum(item.count for item in batch) <= self.budget
+        assert len(self.scheduler.running) <= self.max_num_seqs
+        self.scheduler.check()
+        copied = {}
+        for source, copy in self.scheduler.copies:
+            assert copy not in copied
+            copied[copy] = [self.slots.get(source * BLOCK + i) for i in range(BLOCK)]
+        for copy, content in copied.items():
+            for i, value in enumerate(content):
+                self.slots[copy * BLOCK + i] = value
+        written = set()
+        for item in batch:  # first every read of old content, then the writes, as in a forward pass
+            self.expect(item.seq, 0, item.start)
+        for item in batch:
+            assert item.count > 0 and item.start == item.seq.num_computed
+            assert item.rows >= (item.start + item.count == len(item.seq.token_ids))
+            for position in range(item.start, item.start + item.count):
+                slot = self.slot(item.seq, position)
+                assert slot not in written, "two sequences write one slot"
+                written.add(slot)
+                self.slots[slot] = self.key(item.seq, position)
+        for item in batch:
+            self.expect(item.seq, 0, item.start + item.count)
+        self.finish(batch, token)
+        self.scheduler.check()
+        return batch
+
+    def key(self, seq: Sequence, position: int) -> tuple:
+        return (seq.adapter.digest if seq.adapter else None, *seq.token_ids[: position + 1])
+
+    def slot(self, seq: Sequence, position: int) -> int:
+        return seq.block_table[position // BLOCK] * BLOCK + position % BLOCK
+
+    def expect(self, seq: Sequence, start: int, end: int) -> None:
+        for position in range(start, end):
+            assert self.slots.get(self.slot(seq, position)) == self.key(seq, position), "a sequence reads K/V that is not its own"
+
+    def finish(self, batch, token) -> None:
+        ended = []
+        for item in batch:
+            seq, request = item.seq, item.seq.request
+            if seq not in self.admitted:
+                self.admitted.append(seq)
+            self.scheduler.done(item)
+            if request.prompt_logprobs is not None and seq.index == 0:
+                first = item.start + item.count - item.rows
+                known = len(request.prompt_logprobs)
+                assert known == seq.prompt_len or first <= known - 1, "a prompt row was left out"
+                request.prompt_logprobs += [0] * (min(item.start + item.count + 1, seq.prompt_len) - known)
+            if item.start + item.count < len(seq.token_ids):
+                continue
+            group = [seq]
+            if request.siblings_pending:
+                request.siblings_pending = False
+                group += [sibling for sibling in request.sequences[1:] if self.scheduler.fork(seq, sibling)]
+            for one in group:
+                one.token_ids.append(token(one))
+                if len(one.token_ids) >= one.max_len:
+                    one.finish_reason = "length"
+                    ended.append(one)
+        self.scheduler.remove(ended)
+        self.live = [request for request in self.live if not all(seq.finish_reason for seq in request.sequences)]
+
+    def run(self, most: int = 10_000, token=lambda seq: 1) -> int:
+        for steps in range(most):
+            if self.scheduler.idle:
+                assert not self.live and self.pool.num_free == self.num_blocks
+                return steps
+            self.step(token)
+        raise AssertionError("no end in sight")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fuzz(seed: int):
+    """Thousands of steps with forks, aborts at any stage, adapters, shared prefixes and too few blocks."""
+    rng = random.Random(seed)
+    world = World(
+        num_blocks=rng.choice([12, 20, 40]), max_num_seqs=rng.choice([3, 8]), budget=rng.choice([5, 16, 64]), caching=rng.random() < 0.8
+    )
+    room = world.num_blocks * BLOCK
+    stems = [[rng.randrange(5) for _ in range(16)] for _ in range(3)]
+    forks = 0
+    for _ in range(1500):
+        if len(world.live) < 12 and rng.random() < 0.3:
+            prompt = rng.choice(stems)[: rng.randint(0, 16)] + [rng.randrange(5) for _ in range(rng.randint(1, 12))]
+            answer = rng.randint(1, min(20, room - len(prompt)))
+            n = rng.choice([1, 1, 1, 2, 4])
+            forks += n > 1
+            world.add(prompt, answer, n, rng.choice([None, None, "a", "b"]), prompt_logprobs=rng.random() < 0.1)
+        if world.live and rng.random() < 0.04:
+            world.abort(rng.choice(world.live))
+        if not world.scheduler.idle:
+            world.step(lambda seq: rng.randrange(3))
+    world.run(token=lambda seq: rng.randrange(3))
+    assert forks > 20
+    if world.num_blocks == 12 and world.max_num_seqs == 8:
+        assert world.scheduler.num_preemptions > 0
+
+
+def test_running_answers_get_a_token_every_step_while_a_long_prompt_arrives():
+    world = World(num_blocks=100, budget=8)
+    first = world.add([1, 2, 3], answer=40)
+    world.step()
+    world.add(list(range(80)), answer=2)
+    for _ in range(10):
+        before = len(first.sequences[0].token_ids)
+        batch = world.step()
+        assert len(first.sequences[0].token_ids) == before + 1
+        assert sum(item.count for item in batch) == 8, "the budget is used up"
+    world.run()
+
+
+def test_everything_in_one_step_when_the_budget_allows():
+    world = World(num_blocks=100, budget=64)
+    for length in (5, 9, 20):
+        world.add(list(range(length)))
+    batch = world.step()
+    assert [item.count for item in batch] == [5, 9, 20] and [item.rows for item in batch] == [1, 1, 1]
+
+
+def test_out_of_blocks_preempts_the_youngest_and_everything_ends():
+    world = World(num_blocks=8, max_num_seqs=4, budget=64)
+    requests = [world.add([i] * 7, answer=20) for i in range(4)]
+    oldest = requests[0].sequences[0]
+    while oldest.finish_reason is None:
+        assert oldest in [item.seq for item in world.step()], "the oldest is never preempted"
+    assert world.scheduler.num_preemptions > 0
+    world.run()
+    assert all(len(request.sequences[0].token_ids) == 27 for request in requests)
+
+
+def test_two_half_computed_prompts_that_fill_the_cache_do_not_deadlock():
+    world = World(num_blocks=10, budget=8, caching=False)
+    world.add([1] * 3, answer=30)
+    world.step()
+    world.add([2] * 24, answer=10)
+    world.add([3] * 24, answer=10)
+    assert world.run() < 200
+
+
+def test_siblings_share_the_prompt():
+    world = World(num_blocks=40, max_num_seqs=8, budget=64)
+    request = world.add(list(range(18)), answer=6, n=4)
+    world.step(lambda seq: seq.index)
+    used = world.num_blocks - world.pool.num_free
+    assert used == 5, "four answers, one prompt of five blocks"
+    world.step(lambda seq: seq.index)
+    assert len(world.scheduler.copies) == 3, "the partial block is copied for all but its last holder"
+    assert world.num_blocks - world.pool.num_free == 4 + 4
+    tables = [seq.block_table for seq in request.sequences]
+    assert all(table[:4] == tables[0][:4] for table in tables) and len({table[4] for table in tables}) == 4
+    world.run()
+
+
+@pytest.mark.parametrize("num_blocks", [6, 7, 9])
+def test_siblings_that_cannot_all_copy_are_preempted(num_blocks):
+    world = World(num_blocks=num_blocks, max_num_seqs=8, budget=64)
+    request = world.add(list(range(18)), answer=6, n=4)
+    world.run(token=lambda seq: seq.index)
+    assert [seq.token_ids[18:] for seq in request.sequences] == [[index] * 6 for index in range(4)]
+    assert world.scheduler.num_preemptions > 0
+
+
+def test_siblings_without_a_seat_wait():
+    world = World(max_num_seqs=2, budget=64)
+    request = world.add(list(range(10)), answer=3, n=5)
+    world.run()
+    assert all(len(seq.token_ids) == 13 for seq in request.sequences)
+
+
+@pytest.mark.parametrize("popular", [None, "a"])
+def test_a_rare_adapter_waits_for_its_turn_only(popular):
+    world = World(max_num_seqs=2, budget=64)
+    for _ in range(100):
+        world.add([1, 2, 3], answer=3, adapter=popular)
+    world.step()
+    rare = [world.add([4, 5], answer=3, adapter="rare") for _ in range(2)]
+    world.run()
+    order = [seq.request for seq in world.admitted]
+    assert order.index(rare[0]) <= 2 + 2 and order.index(rare[1]) <= 2 + 4
+
+
+def test_a_big_request_is_not_overtaken_for_ever():
+    world = World(num_blocks=10, max_num_seqs=4, budget=64)
+    for _ in range(3):
+        world.add([1] * 4, answer=4)
+    world.step()
+    big = world.add([2] * 36, answer=2)
+    small = [world.add([3] * 4, answer=4) for _ in range(30)]
+    world.run()
+    order = [seq.request for seq in world.admitted]
+    assert order.index(big) < order.index(small[0])
+
+
+def test_a_second_request_with_the_same_prompt_is_cached():
+    world = World(budget=64)
+    world.add(list(range(11)))
+    world.run()
+    again = world.add(list(range(11)))
+    batch = world.step()
+    assert again.sequences[0].num_cached == 8 and batch[0].count == 3
+    other = world.add(list(range(11)), adapter="a")
+    world.step()
+    assert other.sequences[0].num_cached == 0
+    scored = world.add(list(range(11)), prompt_logprobs=True)
+    assert world.step()[-1].rows == 11 and scored.sequences[0].num_cached == 0
+    world.run()
+
+
+def test_prompt_logprobs_hold_few_rows_at_once():
+    world = World(num_blocks=300, budget=2000)
+    world.add([1] * 1000, prompt_logprobs=True)
+    assert [item.rows for item in world.step()] == [PROMPT_LOGPROBS_CHUNK]
+    assert world.run() < 10
+
+
+def test_budget_smaller_than_the_seats_still_serves_all():
+    world = World(num_blocks=50, max_num_seqs=8, budget=2)
+    requests = [world.add([i, i, i], answer=5) for i in range(6)]
+    world.run()
+    assert all(len(request.sequences[0].token_ids) == 8 for request in requests)
