@@ -86,7 +86,7 @@ def sft(options: Options) -> dict[str, Any]:
     print(f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {ready:.1f} s")
     _checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained)
 
-    from swiftlite.train import folder
+    from swiftlite.train import checkpoint, folder
     from swiftlite.train.log import Logbook
 
     in_place = resumed is not None and not options.given("output_dir")
@@ -99,6 +99,7 @@ def sft(options: Options) -> dict[str, Any]:
         f"{total} steps; learning rate {peak:g}{'' if options.learning_rate is not None else f' (default for {options.tuner_type})'}, "
         f"{schedule.kind} after {schedule.warmup} warm-up steps; {len(evaluation)} rows for evaluation\nrun: {run}"
     )
+    checkpoint.clean(run)
     folder.write_args(run, args)
 
     def save(directory: Path) -> None:

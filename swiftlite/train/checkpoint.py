@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from swiftlite.errors import CheckpointError
 
 STATE, TENSORS = "trainer_state.json", "trainer_state.pt"
@@ -38,6 +36,8 @@ def write(run: Path, step: int, state: dict[str, Any], tensors: dict[str, Any] |
         aside.mkdir(parents=True)
         save(aside)
         if tensors is not None:
+            import torch
+
             torch.save(tensors, aside / TENSORS)
         files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
         (aside / STATE).write_text(json.dumps({**state, "files": files}, ensure_ascii=False), encoding="utf-8")
@@ -47,10 +47,9 @@ def write(run: Path, step: int, state: dict[str, Any], tensors: dict[str, Any] |
             remove(final)
         os.rename(aside, final)
         _sync(run)
-    except Exception as error:
+    except BaseException as error:  # also a second Ctrl-C
         shutil.rmtree(aside, ignore_errors=True)
-        # torch and safetensors wrap the system's error in classes of their own
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "write" in str(error).lower():
+        if _is_disk_error(error):
             raise CheckpointError(
                 f"cannot write {final}",
                 str(error).splitlines()[0],
@@ -60,11 +59,23 @@ def write(run: Path, step: int, state: dict[str, Any], tensors: dict[str, Any] |
     return final
 
 
+def _is_disk_error(error: BaseException) -> bool:
+    """The system refused a write; torch, safetensors and tokenizers each wrap that in a class of their own."""
+    text = str(error)
+    return isinstance(error, OSError) or any(mark in text for mark in ("os error", "PytorchStreamWriter", "I/O error"))
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that half of one is never taken for a checkpoint."""
     doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean(run: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for path in run.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -85,6 +96,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             raise CheckpointError(f"{path} is incomplete", f"{name} {found}", "copy it again, or resume from an older checkpoint")
     if TENSORS not in state["files"]:
         return state, None
+    import torch
+
     return state, torch.load(path / TENSORS, map_location="cpu", weights_only=True)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from swiftlite.errors import TrainError
+from swiftlite.errors import CheckpointError, TrainError
 from swiftlite.train import checkpoint, memory
 from swiftlite.train.batches import Sample, collate
 from swiftlite.train.interrupt import Interrupt
@@ -114,7 +114,9 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda"], self.device)
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
-        """Stand where a checkpoint stood; the weights are the caller's."""
+        """Stand where a checkpoint stood; the weights are the caller's. CheckpointError when it trained other parameters."""
+        if tensors["names"] != [name for name, _ in self.named]:  # the optimizer's state goes by position
+            raise CheckpointError("cannot resume: the checkpoint trained other parameters than this run would", "the model differs")
         self.progress = Progress(**state["progress"])
         self.optimizer.load_state_dict(tensors["optimizer"])
         self._set_random_state(tensors["random"])
@@ -129,7 +131,13 @@ class Trainer:
         content = None
         if not settings.save_only_model:
             window = {"nll": self.nll, "hits": self.hits, "targets": self.targets, "tokens": self.tokens}
-            content = {"optimizer": self.optimizer.state_dict(), "random": self._random_state(), "window": window, **tensors()}
+            content = {
+                "names": [name for name, _ in self.named],
+                "optimizer": self.optimizer.state_dict(),
+                "random": self._random_state(),
+                "window": window,
+                **tensors(),
+            }
         final = self.folder / f"checkpoint-{self.progress.step}"
         self.progress.last_model_checkpoint = str(final)
         state = {

@@ -253,7 +253,9 @@ def _named(model: nn.Module, names: Sequence[str], kind: type[nn.Module], flag: 
                 fix=f"did you mean {close[0]!r}?" if close else f"names are: {', '.join(known[:20])}",
             )
         found |= matching
-    return {name: module for name, module in found.items() if not any(_within(name, other) and name != other for other in found)}
+    # in the model's order, whatever the order of `names`: the optimizer's state is kept by position
+    inner = {name for name in found if any(_within(name, other) and name != other for other in found)}
+    return {name: module for name, module in modules.items() if name in found and name not in inner}
 
 
 def _matches(name: str, wanted: str) -> bool:
