@@ -59,23 +59,23 @@ def continuation(prompt: str, rendered: str, content: str, reasoning: str) -> st
     """
     if rendered.startswith(prompt):
         return rendered[len(prompt) :]
-    common = next((i for i, (a, b) in enumerate(zip(prompt, rendered, strict=False)) if a != b), min(len(prompt), len(rendered)))
-    extra, rest = prompt[common:], rendered[common:]
-    if not extra.strip():
-        return rest.removeprefix(extra)
-    if "<think>" in extra:
-        written = extra.rpartition("<think>")[2]
-        if "</think>" in written:  # the block is closed already
-            return rest if not written.partition("</think>")[2].strip() else None
-        if "</think>" in rest:  # the template kept the reasoning, in its own spacing
-            body = rest.removeprefix("<think>").lstrip("\n")
-            return body
+    bare = prompt.rstrip()
+    if rendered.startswith(bare):  # only white space differs
+        extra, rest = prompt[len(bare) :], rendered[len(bare) :]
+        while extra and rest and extra[0] == rest[0]:
+            extra, rest = extra[1:], rest[1:]
+        return rest
+    head, opened, written = prompt.rpartition("<think>")
+    closed = written.strip() == "</think>"
+    if opened and rendered.startswith(head) and (closed or not written.strip()):
+        rest = rendered[len(head) :]
+        if closed:
+            return rest
+        if rest.startswith("<think>"):  # the template kept the thought, in its own spacing
+            return rest.removeprefix("<think>").lstrip("\n")
         thought = reasoning or (content.partition("</think>")[0].rpartition("<think>")[2] if "</think>" in content else "")
-        thought = thought.strip("\n")
-        return (thought + "\n" if thought else "\n") + "</think>\n\n" + rest.lstrip("\n")
-    core = content.strip()
-    found = rendered.rfind(core) if core else -1
-    return rendered[found:] if found >= common else None
+        return thought.strip("\n") + "\n</think>\n\n" + rest.lstrip("\n")
+    return None
 
 
 def encode_round(tokens: ControlTokens, stops: Stops, turn: Round) -> tuple[list[int], list[int]]:
@@ -92,9 +92,9 @@ def encode_round(tokens: ControlTokens, stops: Stops, turn: Round) -> tuple[list
 
 
 def _closed(answer: list[int], stops: Stops) -> list[int]:
-    """The answer cut after its last stop token, or with one appended where the template leaves turns open."""
-    for index in range(len(answer) - 1, -1, -1):
-        if answer[index] in stops.ids:
+    """The answer cut after its first stop token (serving stops there), or one appended where the template leaves turns open."""
+    for index, token in enumerate(answer):
+        if token in stops.ids:
             return answer[: index + 1]
     if stops.written or stops.turn_id is None:
         raise NoStopToken
@@ -149,10 +149,9 @@ def merge_fast(tokens: ControlTokens, stops: Stops, rounds: list[Round], ids: li
         if ids[where[number] : first] != known:
             return None
         last_number = bisect_left(ends, end + 1) - 1
-        while last_number > number and ids[where[last_number]] not in stops.ids:
-            last_number -= 1
-        if last_number > number:
-            stop_index = where[last_number]
+        stop = next((i for i in where[number + 1 : last_number + 1] if ids[i] in stops.ids), None)
+        if stop is not None:
+            stop_index = stop
         elif stops.written or stops.turn_id is None:
             raise NoStopToken
         elif turn is rounds[-1]:

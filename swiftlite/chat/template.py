@@ -274,8 +274,8 @@ class Template:
             message = marked[k]
             answer = continuation(prompt, rendered, message["content"], message.get("reasoning_content", ""))
             if answer is None:
-                raise TemplateError(
-                    f"the chat template writes assistant turn {k} in a way that its own generation prompt cannot lead to",
+                raise DataError(
+                    "the chat template writes the assistant's turn in a way that its own generation prompt cannot lead to",
                     f"the prompt ends in {prompt[-40:]!r}, the finished conversation in {rendered[-60:]!r}",
                     "use a built-in template with --template",
                 )

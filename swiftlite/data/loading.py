@@ -18,7 +18,7 @@ from swiftlite.data.rows import Identity, Row, Rows, read, read_all, sample
 from swiftlite.errors import DataError, TemplateError, UsageError
 from swiftlite.options.parse import Options
 
-_SPLIT, _SAMPLE, _SELF, _SHUFFLE, _VAL = range(100, 105)  # streams of the seed, apart from those of the datasets' positions
+_SPLIT, _SAMPLE, _SELF, _SHUFFLE, _VAL, _REPEAT = range(100, 106)  # streams of the seed, apart from those of the datasets' positions
 
 
 def _columns(options: Options) -> dict[str, str] | None:
@@ -54,7 +54,11 @@ def _split(options: Options) -> tuple[Rows, Rows]:
         if ratio > 0 and not options.val_dataset and len(part.rows) > 1:
             count = min(max(int(len(part.rows) * ratio), 1), len(part.rows) - 1)
         chosen = set(np.random.default_rng([options.data_seed, _SPLIT, position]).permutation(len(part.rows))[:count].tolist())
-        train.rows += [row for index, row in enumerate(part.rows) if index not in chosen]
+        kept = [row for index, row in enumerate(part.rows) if index not in chosen]
+        if part.repeat_to is not None:  # repeated after the split, so that no evaluation row is trained on
+            wanted = part.repeat_to - count
+            kept = [kept[i] for i in sample(wanted, len(kept), np.random.default_rng([options.data_seed, _REPEAT, position]))]
+        train.rows += kept
         held.rows += [row for index, row in enumerate(part.rows) if index in chosen]
     for part in _read(options, options.val_dataset, stream=1):
         held.rows += part.rows

@@ -46,6 +46,7 @@ class Rows:
 
     rows: list[Row] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
+    repeat_to: int | None = None  # more rows than there are were asked for
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,16 @@ def sample(count: int | None, length: int, rng: np.random.Generator) -> list[int
 
 
 def read_all(specs: Sequence[str], columns: dict[str, str] | None, identity: Identity, use_hf: bool, strict: bool, seed: int) -> list[Rows]:
-    """The datasets one by one, each sampled to its `#n`; the draw depends on `seed` and the dataset's position alone."""
+    """The datasets one by one, each cut to its `#n` (`repeat_to` keeps an n beyond what there is, for the caller to fill after
+    it has held rows out). The draw depends on `seed` and the dataset's position alone."""
     found = []
     for position, spec in enumerate(specs):
         rows = Rows()
-        everything = list(read(spec, columns, identity=identity, use_hf=use_hf, bad=None if strict else rows.bad))
-        rng = np.random.default_rng([seed, position])
-        rows.rows = [everything[i] for i in sample(parse_spec(spec).count, len(everything), rng)]
+        rows.rows = list(read(spec, columns, identity=identity, use_hf=use_hf, bad=None if strict else rows.bad))
+        count = parse_spec(spec).count
+        if count is not None and count <= len(rows.rows):
+            rows.rows = [rows.rows[i] for i in sample(count, len(rows.rows), np.random.default_rng([seed, position]))]
+        elif count is not None:
+            rows.repeat_to = count
         found.append(rows)
     return found
