@@ -8,7 +8,6 @@ The adapter's tokenizer, template and settings go with it. Quantized bases are r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,17 +159,6 @@ def carry(base_dir: Path, adapter_dir: Path, out: Path) -> None:
             (out / name).write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def free_memory() -> int:
-    """Bytes that can be used without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def check(base_dir: Path, adapter_dir: Path, merged_dir: Path, shards: Shards, log: Log) -> None:
     """Compare fp32 logits of PEFT's base + adapter with the merged model, reloaded, on random prompts.
 
@@ -178,8 +166,11 @@ def check(base_dir: Path, adapter_dir: Path, merged_dir: Path, shards: Shards, l
     not fit into memory in fp32.
     """
     needs = int(sum(4 * info.nbytes / (2 if info.dtype in ("F16", "BF16") else 4) for info in shards.tensors.values()) * 1.3)
-    if needs > free_memory():
-        log(f"check skipped: it needs {needs / 2**30:.1f} GiB of memory and {free_memory() / 2**30:.1f} are free")
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if needs > free:
+        log(f"check skipped: it needs {needs / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free")
         return
     from peft import PeftModel
 

@@ -185,6 +185,8 @@ def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0) -> Iterato
     Yields a hidden directory beside `out`. SwiftError when `out` exists (unless `exist_ok`, which replaces it), cannot be
     made, or the disk is too full.
     """
+    from safetensors import SafetensorError
+
     out = Path(os.path.abspath(out))
     if out.exists() and not exist_ok:
         raise SwiftError(
@@ -210,7 +212,8 @@ def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0) -> Iterato
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         else:
             os.replace(work, out)
-    except OSError as error:
-        raise SwiftError(f"cannot write {out}", error.strerror or str(error), "check its permissions and the space left") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SwiftError(f"cannot write {out}", reason, "check its permissions and the space left") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""Round-to-nearest weight-only quantization: int8 with a scale per output channel, int4 with a scale per group of inputs.
+
+No calibration data. Linears of the layers are quantized; embeddings, the output head and whatever is no `nn.Linear` stay. The
+result is a compressed-tensors checkpoint (`packed`), written shard by shard without building the model. This first version
+is about storage: transformers and our engine unpack the weights into the compute dtype when they load it; vLLM computes on
+the packed weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftlite.errors import ModelError, SwiftError
+from swiftlite.models.loading import load_config
+from swiftlite.models.shards import CARRIED_FILES, Shards, copy_files, new_directory, open_shards, read_config, rewrite
+from swiftlite.options.resolve import ARGS_FILES
+from swiftlite.quantize import packed
+
+VLLM_GROUPS = (32, 64, 128)
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """weight [out, in] -> (int8 [out, in], scale [out, groups] in the weight's dtype); group_size None: one group."""
+    half = 1 << (bits - 1)
+    grouped = weight.float().unflatten(1, (-1, group_size or weight.shape[1]))  # [out, groups, group_size]
+    # The integers reach from -half to half - 1, so half - 0.5 steps carry the largest value; a scale must not round to zero.
+    scale = (grouped.abs().amax(-1) / (half - 0.5)).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    q = (grouped / scale.float()[:, :, None]).round().clamp(-half, half - 1)
+    return q.flatten(1).to(torch.int8), scale
+
+
+def choose_group_size(widths: set[int], wanted: int, given: bool, log: Callable[[str], None]) -> int:
+    """The wanted group size where it divides every layer's width, else the largest power of two that does.
+
+    SwiftError when the user asked for one that does not fit, or none of at least 8 does.
+    """
+    if wanted > 0 and all(width % wanted == 0 for width in widths):
+        return wanted
+    fitting = [size for size in (128, 64, 32, 16, 8) if all(width % size == 0 for width in widths)]
+    bad = min(width for width in widths if wanted <= 0 or width % wanted)
+    if given or not fitting:
+        raise SwiftError(
+            f"group size {wanted} does not fit this model",
+            f"it has a layer with {bad} inputs, which {wanted} does not divide",
+            f"pass --group_size {fitting[0]}" if fitting else "pass --quant_bits 8, which needs no groups",
+        )
+    log(f"group size {fitting[0]}: {wanted} does not divide the model's {bad} inputs")
+    return fitting[0]
+
+
+def linears(model_dir: str | Path, shards: Shards) -> tuple[list[str], list[str]]:
+    """(names of the linears to quantize, names of those that stay), both as the checkpoint has them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(model_dir))
+    head = model.get_output_embeddings()
+    found, kept = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            stays = module is head or f"{name}.weight" not in shards.tensors
+            (kept if stays else found).append(name)
+    if not found:
+        raise ModelError(f"nothing to quantize in {model_dir}", "none of its weights is a plain linear layer", "use it as it is")
+    return found, kept
+
+
+def quantize(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    bits: int,
+    group_size: int = 128,
+    *,
+    group_size_given: bool = False,
+    exist_ok: bool = False,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Write `model_dir` with its linears in `bits` (8 or 4) to `out_dir`. ModelError / SwiftError before anything is written."""
+    config = read_config(model_dir)
+    if config.get("quantization_config"):
+        raise ModelError(f"{model_dir} is quantized already", "quantizing twice only loses more", "pass the 16-bit model")
+    shards = open_shards(model_dir)
+    names, kept = linears(model_dir, shards)
+    group = None
+    if bits == 4:
+        group = choose_group_size({shards.tensors[f"{name}.weight"].shape[1] for name in names}, group_size, group_size_given, log)
+        if group not in VLLM_GROUPS:
+            log(f"note: vLLM reads group sizes {', '.join(map(str, VLLM_GROUPS))} only; transformers and swiftlite read {group}")
+    how = "one scale a row" if group is None else f"one scale per {group} weights"
+    log(f"quantizing {len(names)} linears of {model_dir} to int{bits} by rounding to nearest ({how}); kept: {', '.join(kept) or 'none'}")
+    keys = {f"{name}.weight": name for name in names}
+    loss: list[tuple[float, float]] = []
+
+    def transform(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        if key not in keys:
+            yield key, tensor
+            return
+        q, scale = round_to_nearest(tensor, bits, group)
+        loss.append(((packed.dequantize(q, scale).float() - tensor.float()).square().sum().item(), tensor.float().square().sum().item()))
+        yield from packed.tensors(keys[key], q, scale, bits)
+
+    with new_directory(out_dir, exist_ok=exist_ok, needs=shards.nbytes * bits // 16 + (64 << 20)) as work:
+        rewrite(shards, work, transform, log)
+        _write_configs(Path(model_dir), work, {**config, "quantization_config": packed.config(bits, group, kept)})
+        written = sum(path.stat().st_size for path in work.glob("*.safetensors"))
+    error = (sum(e for e, _ in loss) / sum(s for _, s in loss)) ** 0.5
+    log(f"weights: {shards.nbytes / 2**20:.1f} MiB -> {written / 2**20:.1f} MiB; relative error of the quantized ones {error:.2%}")
+    log(f"quantized model: {out_dir}")
+    return Path(out_dir)
+
+
+def _write_configs(source: Path, out: Path, config: dict[str, Any]) -> None:
+    (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    copy_files(source, out, (*CARRIED_FILES, *ARGS_FILES))
