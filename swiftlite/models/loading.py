@@ -106,7 +106,8 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, atten
     """The causal language model in `path`, in eval mode without gradients' overhead decided by the caller.
 
     `attention` is the name of an attention function registered with transformers (`sdpa`, `swift_pages`, ...); `kwargs` go to
-    `from_pretrained`. Quantized checkpoints (compressed-tensors) load through transformers' own reader.
+    `from_pretrained`. Quantized checkpoints (compressed-tensors) load through transformers' own reader, which unpacks them into
+    `dtype`, so that every linear is a plain one.
     Raises ModelError when the directory is broken, weights are missing or the architecture has no causal LM.
     """
     directory = Path(path)
@@ -114,11 +115,13 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, atten
     check_weights(directory)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{directory} ({config.model_type}) is not a causal language model.", fix="give a text generation model")
+    if (config.to_dict().get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
+        kwargs.setdefault("quantization_config", CompressedTensorsConfig(dequantize=True))
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
