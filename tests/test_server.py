@@ -151,7 +151,7 @@ def test_hyphen_and_underscore_are_one_name_and_an_alias_is_the_base(client):
 
 
 def test_an_unknown_model_is_404_with_the_nearest_name(client):
-    with pytest.raises(openai.NotFoundError, match="my_tunerr.*did you mean `my_tuner`") as caught:
+    with pytest.raises(openai.NotFoundError, match=r"my_tunerr.*did you mean `my_tuner`") as caught:
         client.completions.create(model="my_tunerr", prompt=PROMPT)
     assert caught.value.body["param"] == "model" and caught.value.request_id
     with pytest.raises(openai.NotFoundError):
@@ -374,19 +374,57 @@ def test_a_client_that_leaves_frees_its_blocks(client, port, service):
 # refusals
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-BAD_FIELDS: list[tuple[str, dict]] = [
-    *((TEXT, {"max_tokens": value}) for value in (0, -1, "10", True, 1.5)),
-    *((TEXT, {"temperature": value}) for value in (-1, 1e6, "hot", True)),
-    *((TEXT, {"top_p": value}) for value in (0, 1.1)),
-    *((TEXT, {"n": value}) for value in (0, -1, 10**9, 1.5)),
-    *((TEXT, {"logit_bias": value}) for value in ({"-1": 1}, {"99999999": 1}, {"abc": 1}, {"1": "x"}, [1], {str(i): 1 for i in range(300000)})),
-    *((TEXT, {"stop": value}) for value in ("", ["a"] * 5, "x" * 2**20, [1], {"a": 1})),
-    *((TEXT, {name: value}) for name, value in (("seed", 2**64), ("logprobs", 10**6), ("logprobs", -1), ("best_of", 10**9), ("min_p", 2), ("top_k", -2), ("min_tokens", 600), ("presence_penalty", 3), ("repetition_penalty", 0), ("stop_token_ids", [10**9]), ("stream_options", {"include_usage": True}), ("response_format", {"type": "json_object"}), ("guided_regex", "(a+)+$"), ("use_beam_search", True))),
-    *((TEXT, {"prompt": value}) for value in ("", [], [[]], [""], [-1], [10**6], [[1], [10**6]], [[[1]]], [1, "a"], [True], {"a": 1}, 5, None, "\ud800", ["ok", 3], "x" * 100_000, [5] * 100_000, ["a"] * 2000)),
-    *((CHAT, {"messages": value}) for value in ([], None, "hi", [1], [{"role": "usr", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": None}], [{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}], [{"role": "user", "content": "\udc00"}], [{"role": "user", "content": "x " * 5000}], [{"role": "user", "content": "x"}] * 100_000)),
-    *((CHAT, {name: value}) for name, value in (("top_logprobs", 2), ("max_completion_tokens", 0), ("tools", []), ("tool_choice", "required"), ("chat_template", "{% for i in range(10**9) %}{% endfor %}"), ("chat_template_kwargs", {"tokenize": True}), ("chat_template_kwargs", {"tools": 1}), ("chat_template_kwargs", {"x": {"deep": 1}}), ("n", 1000))),
-    *((path, {"model": value}) for path in (CHAT, TEXT) for value in ("../../etc/passwd", "x" * 10_000, 5, ["a"], "tiny-llаma")),
-]  # fmt: skip
+IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+BAD_TEXT: dict[str, list] = {
+    "max_tokens": [0, -1, "10", True, 1.5],
+    "temperature": [-1, 1e6, "hot", True],
+    "top_p": [0, 1.1],
+    "n": [0, -1, 10**9, 1.5],
+    "logit_bias": [{"-1": 1}, {"99999999": 1}, {"abc": 1}, {"1": "x"}, [1], {str(i): 1 for i in range(300_000)}],
+    "stop": ["", ["a"] * 5, "x" * 2**20, [1], {"a": 1}],
+    "seed": [2**64],
+    "logprobs": [10**6, -1],
+    "best_of": [10**9],
+    "min_p": [2],
+    "top_k": [-2],
+    "min_tokens": [600],
+    "presence_penalty": [3],
+    "repetition_penalty": [0],
+    "stop_token_ids": [[10**9]],
+    "stream_options": [{"include_usage": True}],
+    "response_format": [{"type": "json_object"}],
+    "guided_regex": ["(a+)+$"],
+    "use_beam_search": [True],
+    "prompt": [
+        "", [], [[]], [""], [-1], [10**6], [[1], [10**6]], [[[1]]], [1, "a"], [True], {"a": 1}, 5, None, "\ud800", ["ok", 3],
+        "x" * 100_000, [5] * 100_000, ["a"] * 2000,
+    ],
+    "model": ["../../etc/passwd", "x" * 10_000, 5, ["a"], "tiny-llаma"],
+}  # fmt: skip
+BAD_CHAT: dict[str, list] = {
+    "messages": [
+        [], None, "hi", [1],
+        [{"role": "usr", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [IMAGE]}],
+        [{"role": "user", "content": "\udc00"}],
+        [{"role": "user", "content": "x " * 5000}],
+        [{"role": "user", "content": "x"}] * 100_000,
+    ],
+    "top_logprobs": [2],
+    "max_completion_tokens": [0],
+    "tools": [[]],
+    "tool_choice": ["required"],
+    "chat_template": ["{% for i in range(10**9) %}{% endfor %}"],
+    "chat_template_kwargs": [{"tokenize": True}, {"tools": 1}, {"x": {"deep": 1}}],
+    "n": [1000],
+    "model": ["../../etc/passwd", "ft:a:b", 5],
+}  # fmt: skip
+BAD_FIELDS = [
+    (path, {name: value}) for path, bad in ((TEXT, BAD_TEXT), (CHAT, BAD_CHAT)) for name, values in bad.items() for value in values
+]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from swiftlite.server.errors import APIError
 from swiftlite.server.service import Service
 
 RULER = "-" * 50
+# A model's text must not steer the terminal: control characters but newline and tab are left out.
+HARMLESS = {code: None for code in [*range(32), *range(127, 160)] if code not in (9, 10)}
 
 
 class Console:
@@ -120,14 +122,14 @@ class Console:
             for output in stream:
                 grown = output.outputs[0].text
                 if self.stream:
-                    print(grown[len(text) :], end="", flush=True)
+                    print(grown[len(text) :].translate(HARMLESS), end="", flush=True)
                 text = grown
         except KeyboardInterrupt:
             stream.abort()
-            print(" (stopped)" if self.stream else text + " (stopped)", end="")
+            print(" (stopped)" if self.stream else text.translate(HARMLESS) + " (stopped)", end="")
         else:
             if not self.stream:
-                print(text, end="")
+                print(text.translate(HARMLESS), end="")
         print(f"\n{RULER}", flush=True)
         if output is not None and output.error:
             raise APIError(output.error, 500)

@@ -47,7 +47,7 @@ def summary(service, plan: Plan, url: str, seconds: float) -> str:
     adapters = ", ".join(service.adapters) or "none"
     lines = [
         f"swiftlite {__version__}: {service.name} is ready after {seconds:.1f} s",
-        f"  model     {plan.model_dir}",
+        f"  model     {plan.model_dir} ({str(engine.dtype).removeprefix('torch.')}, {engine.device})",
         f"  adapters  {adapters}",
         f"  KV cache  {kv_cache(engine)}, at most {engine.max_model_len:,} a request",
         f"  API       {url}/v1   (Ctrl-C stops)",

@@ -66,13 +66,10 @@ def make_plan(options: Options) -> Plan:
             print(line)
     if options.merge_lora:
         model_checkpoint = _merged(options, adapters)
-    if model_checkpoint is not None:
-        model_dir, written = model_checkpoint, str(model_checkpoint)
-    else:
-        written = options.model or options.model_type or _base_of(adapters)
-        if written is None:
-            raise UsageError(f"swift {options.command} needs a model", fix=f"e.g. swift {options.command} --model tiny-chat")
-        model_dir = resolve_model(written, options.model_revision, options.use_hf)
+    written = str(model_checkpoint) if model_checkpoint is not None else options.model or options.model_type or _base_of(adapters)
+    if written is None:
+        raise UsageError(f"swift {options.command} needs a model", fix=f"e.g. swift {options.command} --model tiny-chat")
+    model_dir = model_checkpoint or resolve_model(written, options.model_revision, options.use_hf)
     name = options.values.get("served_model_name") or options.model_type or _short_name(written)
     if name in adapters:
         raise UsageError(f"an adapter has the base model's name {name!r}", fix="rename it: --adapters other-name=DIR")

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from swiftlite.engine.engine import Stream
-from swiftlite.engine.request import CompletionOutput, RequestOutput, SamplingParams
+from swiftlite.engine.request import CompletionOutput, RequestOutput, SamplingParams, TokenLogprob
 from swiftlite.server.answers import Cursor, ending, header
 from swiftlite.server.protocol import COMPLETION_TOKENS, CompletionRequest, check_prompt_ids, sampling
 from swiftlite.server.service import Served, Service
@@ -34,7 +34,7 @@ def prepare(service: Service, request: CompletionRequest) -> tuple[Served, list[
             prompt = Prompt(served.template.encode_text(one, parse_special=True), one if request.echo else "")
         else:
             check_prompt_ids(one, service.limits)
-            prompt = Prompt(one, service.engine.tokenizer.decode(one) if request.echo else "")
+            prompt = Prompt(one, str(service.engine.tokenizer.decode(one)) if request.echo else "")
         params = sampling(request, service.defaults, service.limits, len(prompt.ids), COMPLETION_TOKENS)
         if request.echo and request.logprobs is not None:
             params.prompt_logprobs = request.logprobs
@@ -115,7 +115,7 @@ class Writer:
                 if delta is None:
                     continue
                 echoed = self.prompts[number].text if first and not characters else ""
-                logprobs = list(delta.logprobs or []) if not self.silent else []
+                logprobs: list[TokenLogprob | None] = [] if self.silent else list(delta.logprobs or [])
                 ids = self.prompts[number].ids
                 offset = 0 if echoed else len(self.prompts[number].text) + characters
                 if echoed:

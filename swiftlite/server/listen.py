@@ -24,9 +24,11 @@ DRAIN = 25  # seconds that running answers get after SIGTERM; orchestrators kill
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening TCP socket. SwiftError when the port is used or the address is not this machine's."""
+    if not 0 <= port <= 65535:
+        raise SwiftError(f"cannot listen on port {port}", "ports are 1 to 65535 (0: any free one)", "choose another --port")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (socket.gaierror, OverflowError, UnicodeError) as error:
+    except (socket.gaierror, UnicodeError) as error:
         raise SwiftError(f"cannot listen on {host}:{port}", str(error), "check --host and --port") from None
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -18,7 +18,6 @@ from swiftlite.server.errors import APIError
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_PROMPTS, MAX_BIASES = 4, 1024, 1024, 4096
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
-INT64 = {"ge": -(2**63), "le": 2**63 - 1}
 NOT_SUPPORTED = (
     "use_beam_search", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "suffix", "bad_words",
     "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "continue_final_message", "documents", "functions",
@@ -58,7 +57,7 @@ class Sampled(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
-    seed: int | None = Field(None, **INT64)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: list[str] | None = None
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_LENGTH)
     include_stop_str_in_output: bool | None = None
