@@ -1,0 +1,165 @@
+"""Encoding in one pass: the account of rows, truncation, splits and seeds through the flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat_templates import NO_STOP, STYLES, make_tokenizer
+
+from swiftlite.chat import Conversation, Template
+from swiftlite.data import Row, load, load_training
+from swiftlite.data.encoding import encode
+from swiftlite.errors import DataError, TemplateError, UsageError
+from swiftlite.options.parse import parse
+
+
+@pytest.fixture(scope="module")
+def template() -> Template:
+    return Template(make_tokenizer("bytelevel"), STYLES["qwen2_5"], "qwen2_5")
+
+
+def row(query: str, response: str, number: int) -> Row:
+    chat = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
+    return Row(Conversation(chat), "folder/a.jsonl", number)
+
+
+def write(path: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
+    lines = [json.dumps({"query": f"question {i}", "response": f"answer {i}"}) for i in range(count)]
+    for i in broken:
+        lines[i] = "{broken"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_samples_equal_encode_training_in_order(template: Template) -> None:
+    rows = [row(f"q{i} " * (i % 7 + 1), f"a{i} <|im_end|>" if i % 5 == 0 else f"a{i}", i) for i in range(2500)]
+    samples, report = encode(rows, template, None)
+    assert len(samples) == report.kept == report.samples == 2500 and not report.dropped
+    for i in (0, 1, 5, 1023, 1024, 2499):
+        (one,) = template.encode_training(rows[i].conversation)
+        assert samples[i].ids.dtype == np.int32 and samples[i].mask.dtype == np.bool_
+        assert samples[i].ids.tolist() == one.ids and samples[i].mask.tolist() == one.mask
+    assert report.tokens == sum(len(s.ids) for s in samples) and report.targets == sum(int(s.mask.sum()) for s in samples)
+
+
+def test_truncation(template: Template) -> None:
+    rows = [row("short", "yes", 1), row("short", "long answer " * 30, 2), row("long question " * 30, "yes", 3)]
+    full, _ = encode(rows, template, None)
+    limit = 60
+    kept, report = encode(rows, template, limit, "delete")
+    assert len(kept) == 1 and report.dropped["longer than --max_length 60"].first == ["a.jsonl:2", "a.jsonl:3"]
+    right, report = encode(rows, template, limit, "right")
+    assert [s.ids.tolist() for s in right] == [s.ids[:limit].tolist() for s in full[:2]]
+    assert report.truncated.first == ["a.jsonl:2"]
+    assert report.dropped["no target left after truncation"].first == ["a.jsonl:3"]  # its answer was cut off
+    left, report = encode(rows, template, limit, "left")
+    assert [s.ids.tolist() for s in left] == [s.ids[-limit:].tolist() for s in full]
+    assert report.kept == 3 and report.truncated.count == 2
+
+
+def test_account_and_strict(template: Template) -> None:
+    bad = Row(Conversation([{"role": "wizard", "content": "x"}]), "folder/a.jsonl", 2)
+    mute = Row(Conversation([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "loss": False}]), "folder/a.jsonl", 3)
+    samples, report = encode([row("q", "a", 1), bad, mute], template, None)
+    table = report.table()
+    assert len(samples) == 1 and report.dropped_rows == 2
+    assert "rows              3" in table and "kept              1" in table
+    assert "unknown role 'wizard'; first: a.jsonl:2" in table and "nothing to learn; first: a.jsonl:3" in table
+    with pytest.raises(DataError, match=r"folder/a\.jsonl:2: .*wizard"):
+        encode([row("q", "a", 1), bad, mute], template, None, strict=True)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: longer than"):
+        encode([row("q", "long answer " * 30, 1)], template, 60, "right", strict=True)
+
+
+def test_many_reasons_stay_readable(template: Template) -> None:
+    rows = [Row(Conversation([{"role": f"w{i}", "content": "x"}]), "a.jsonl", i) for i in range(50)]
+    _, report = encode(rows, template, None)
+    assert report.dropped_rows == 50 and len(report.table().splitlines()) < 20 and "38 other reasons" not in report.table().splitlines()[0]
+    assert "for 38 other reasons" in report.table()
+
+
+def test_template_that_cannot_give_labels_stops_the_run() -> None:
+    broken = Template(make_tokenizer("bytelevel"), NO_STOP, "no stop")
+    with pytest.raises(TemplateError, match=r"stop token[\s\S]*a\.jsonl:7"):
+        encode([row("q", "a", 7)], broken, None)
+
+
+def test_text_rows(template: Template) -> None:
+    samples, _ = encode([Row(Conversation(text="Hello <|im_end|>"), "a.txt", 1)], template, None)
+    tokenizer = template.tokenizer
+    assert samples[0].ids[0] == tokenizer.bos_token_id and samples[0].ids[-1] == tokenizer.eos_token_id and samples[0].mask.all()
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in samples[0].ids
+
+
+def test_load_training(template: Template, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 200, broken=(3, 7))
+    flags = ["--dataset", str(path), "--split_dataset_ratio", "0.1"]
+    train, held, chats, report = load_training(parse("sft", flags), template, 512)
+    assert (len(train), len(held), len(chats)) == (179, 19, 19)
+    assert report.kept == 198 and report.dropped["not valid JSON"].first == ["a.jsonl:4", "a.jsonl:8"]
+    again = load_training(parse("sft", flags), template, 512)
+    assert [s.ids.tolist() for s in again[0]] == [s.ids.tolist() for s in train]
+    keys = {tuple(s.ids.tolist()) for s in train}
+    assert len(keys) == 179 and not keys & {tuple(s.ids.tolist()) for s in held}
+    other = load_training(parse("sft", [*flags, "--data_seed", "1"]), template, 512)
+    assert [s.ids.tolist() for s in other[0]] != [s.ids.tolist() for s in train]
+    # what `swift infer` evaluates on: the same rows, whatever is sampled for training
+    assert [r.conversation for r in load(parse("sft", [*flags, "--train_dataset_sample", "5"]), for_eval=True).rows] == chats
+
+
+def test_sampling_flags(template: Template, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 50)
+
+    def sizes(*flags: str) -> tuple[int, int]:
+        train, held, _, _ = load_training(parse("sft", flags), template, None)
+        return len(train), len(held)
+
+    assert sizes("--dataset", str(path)) == (49, 1)
+    assert sizes("--dataset", str(path), "--split_dataset_ratio", "0") == (50, 0)
+    assert sizes("--dataset", f"{path}#20", str(path), "--split_dataset_ratio", "0.1") == (18 + 45, 2 + 5)
+    assert sizes("--dataset", str(path), "--train_dataset_sample", "7", "--split_dataset_ratio", "0.5", "--val_dataset_sample", "3") == (
+        7,
+        3,
+    )
+    assert sizes("--dataset", str(path), "--val_dataset", f"{path}#4") == (50, 4)
+    assert sizes("--dataset", f"{path}#120", "--split_dataset_ratio", "0.1") == (115, 5)
+    train, held, _, _ = load_training(parse("sft", ["--dataset", f"{path}#120", "--split_dataset_ratio", "0.1"]), template, None)
+    assert not {tuple(s.ids.tolist()) for s in train} & {tuple(s.ids.tolist()) for s in held}  # repeats do not leak
+    names = ["--model_name", "N", "--model_author", "A"]
+    assert sizes("--dataset", str(path), "--self_cognition_sample", "30", *names) == (79, 1)
+    plain, _, _, _ = load_training(parse("sft", ["--dataset", str(path), "--dataset_shuffle", "false"]), template, None)
+    order = [template.tokenizer.decode(s.ids) for s in plain]
+    assert order == sorted(order, key=lambda text: int(text.split("question ")[1].split("<")[0]))
+
+
+def test_nothing_left_fails_with_the_table(template: Template, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 5)
+    with pytest.raises(DataError, match=r"no training row is left[\s\S]*longer than --max_length 10"):
+        load_training(parse("sft", ["--dataset", str(path)]), template, 10)
+    with pytest.raises(UsageError, match="--dataset"):
+        load_training(parse("sft", []), template, 10)
+    with pytest.raises(UsageError, match="split_dataset_ratio"):
+        load_training(parse("sft", ["--dataset", str(path), "--split_dataset_ratio", "1"]), template, 10)
+    with pytest.raises(UsageError, match="--columns"):
+        load_training(parse("sft", ["--dataset", str(path), "--columns", "a:b"]), template, 10)
+    with pytest.raises(DataError, match=r"a\.jsonl:3"):
+        load_training(parse("sft", ["--dataset", str(write(path, 5, broken=(2,))), "--strict"]), template, None)
+
+
+def test_columns_flag(template: Template, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"Frage": "q", "Antwort": "a"}))
+    options = parse("sft", ["--dataset", str(path), "--columns", '{"frage": "query", "antwort": "response"}'])
+    assert load(options).rows[0].conversation.messages[1] == {"role": "assistant", "content": "a"}
+
+
+def test_chats_need_a_chat_template(tmp_path: Path) -> None:
+    base = Template(make_tokenizer("bytelevel"), None, "none")
+    path = write(tmp_path / "a.jsonl", 3)
+    with pytest.raises(TemplateError, match="--template"):
+        load_training(parse("sft", ["--dataset", str(path)]), base, None)
+    with pytest.raises(TemplateError, match="--template"):
+        load(parse("sft", ["--dataset", str(path)]), base)
