@@ -80,11 +80,11 @@ class StepLoop:
         with self._lock:
             if self._stopping:
                 raise RequestError("the engine is shut down")
+            if taken := next((request.id for request in requests if request.id in self._requests), None):
+                raise RequestError(f"a request {taken!r} is running already", fix="give each request its own id", param="request_id")
             waiting = len(self._requests) - self.scheduler.max_running
             if limit is not None and waiting >= limit:
                 raise OverloadError(f"{waiting} requests are waiting", f"the queue holds {limit}", "try again later")
-            if taken := next((request.id for request in requests if request.id in self._requests), None):
-                raise RequestError(f"a request {taken!r} is running already", fix="give each request its own id", param="request_id")
             for request in requests:
                 self._requests[request.id] = request
                 self._inbox.append(functools.partial(self._admit, request))
