@@ -13,12 +13,12 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from swiftlite.engine.request import SamplingParams
-    from swiftlite.llm import LLM
+    from swiftlite.offline import LLM
 
 
 def __getattr__(name: str) -> Any:
     if name == "LLM":
-        from swiftlite.llm import LLM
+        from swiftlite.offline import LLM
 
         return LLM
     if name == "SamplingParams":

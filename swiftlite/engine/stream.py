@@ -78,6 +78,11 @@ class Stream:
     def finished(self) -> bool:
         return self._request.finished
 
+    @property
+    def changed(self) -> bool:
+        """True when the next snapshot is there without waiting."""
+        return not self._ended and (self._request.finished or self._request.version != self._seen)
+
     def abort(self) -> None:
         """End the request now; its last snapshot has finish_reason "abort"."""
         self._abort(self._request.id)

@@ -234,6 +234,11 @@ def parse(command: str, argv: list[str]) -> Options:
     return Options(command, values, origins)
 
 
+def from_mapping(command: str, settings: dict[str, Any]) -> Options:
+    """Options from Python values, through the same checks as the command line. Raises UsageError."""
+    return parse(command, _file_argv(settings))
+
+
 def _split(name: str, item: str) -> list[str]:
     # SWIFT 2.x also took comma-separated datasets; a comma inside an existing path stays.
     return item.split(",") if name in ("dataset", "val_dataset") and "," in item and not os.path.exists(item) else [item]

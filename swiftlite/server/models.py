@@ -16,6 +16,7 @@ def card(service: Service, served: Served) -> dict[str, Any]:
         "root": service.name,
         "parent": service.name if served.adapter else None,
         "max_model_len": service.limits.max_model_len,
+        "is_chat": served.template.has_chat,
     }
 
 
