@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 import swift.llm
@@ -46,7 +48,7 @@ def test_batch_history_and_stream_agree(engine, template):
     assert whole[0]["response"] != swift.llm.inference_vllm(engine, template, [{"query": "这有什么好吃的"}])[0]["response"]
     steps = list(swift.llm.inference_stream_vllm(engine, template, follow_up))
     assert len(steps) > 3 and all(isinstance(entry["response"], str) for step in steps for entry in step)
-    assert all(b[0]["response"].startswith(a[0]["response"]) for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b[0]["response"].startswith(a[0]["response"]) for a, b in itertools.pairwise(steps))
     assert steps[-1] == whole
 
 
