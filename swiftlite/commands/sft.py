@@ -53,6 +53,7 @@ def sft(options: Options) -> dict[str, Any]:
     if not samples:
         raise DataError("no row is left to train on", "every row was dropped; the table says why", "check --dataset and --max_length")
 
+    _batch_size(options, samples)
     plan = Plan.make(
         [len(s.ids) for s in samples], options.per_device_train_batch_size, options.gradient_accumulation_steps,
         options.packing, options.dataset_shuffle, options.data_seed,
@@ -78,7 +79,6 @@ def sft(options: Options) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     began = time.perf_counter()
     model = load_model(resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register())
-    model.config.use_cache = False
     tuner: Any = Full(model, dtype) if full else _lora(options, model, start_from, resumed)
     loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None)
     trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))
@@ -246,6 +246,20 @@ def _rows(options: Options, template: Any, max_length: int) -> tuple[list[Any], 
     return samples, evaluation, table
 
 
+def _batch_size(options: Options, samples: Sequence[Any]) -> None:
+    """Where both sizes are left to us: as few forward passes a step as memory and the model's speed gain from."""
+    if options.given("per_device_train_batch_size") or options.given("gradient_accumulation_steps"):
+        return
+    from swiftlite.train.plan import PASS_TOKENS, ROWS_A_STEP, rows_a_pass
+
+    rows = rows_a_pass(sum(len(s.ids) for s in samples) / len(samples))
+    options.set("per_device_train_batch_size", rows, "chosen")
+    options.set("gradient_accumulation_steps", ROWS_A_STEP // rows, "chosen")
+    if not options.given("per_device_eval_batch_size"):
+        options.set("per_device_eval_batch_size", rows, "chosen")
+    print(f"batch size: {rows} rows a forward pass (chosen: {ROWS_A_STEP} rows a step, at most about {PASS_TOKENS} tokens a pass)")
+
+
 def _fingerprint(samples: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
@@ -286,10 +300,11 @@ def _checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[An
         tokens = sum(len(sample.ids) for sample in largest)
         model.train()
         kept = memory.kept_bytes(model, lambda: loss(batch)[0]) / batch.input_ids.shape[1] * tokens
-        need = kept + 12 * trained + 3 * CHUNK_BYTES  # gradients and two moments in float32; the loss's chunk
+        logits = 4 * sum(int(sample.mask.sum()) for sample in largest) * model.config.get_text_config().vocab_size
+        need = kept + 12 * trained + 3 * min(CHUNK_BYTES, logits)  # gradients and two moments in float32; the loss's chunk
         free = memory.free(loss.device)
         on = need > 0.9 * free
-        reason = f"the largest pass of {tokens} tokens needs about {need / memory.GB:.1f} GB, {free / memory.GB:.1f} GB are free"
+        reason = f"the largest pass of {tokens} tokens needs about {need / memory.GB:.2g} GB, {free / memory.GB:.1f} GB are free"
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     print(f"gradient checkpointing: {'on' if on else 'off'} ({reason})")

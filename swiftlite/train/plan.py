@@ -15,7 +15,16 @@ import numpy as np
 from swiftlite.data.packing import pack
 from swiftlite.errors import UsageError
 
-ROWS_A_STEP = 16  # where gradient accumulation is left to us
+ROWS_A_STEP = 16  # where the batch size is left to us
+PASS_TOKENS = 2048  # beyond this a forward pass gains no speed and only takes memory
+
+
+def rows_a_pass(mean_length: float) -> int:
+    """The largest power of two up to ROWS_A_STEP whose rows of `mean_length` tokens stay within PASS_TOKENS."""
+    rows = ROWS_A_STEP
+    while rows > 1 and rows * mean_length > PASS_TOKENS:
+        rows //= 2
+    return rows
 
 
 @dataclass(frozen=True)
