@@ -13,6 +13,7 @@ This module does not know about scheduling, sampling or adapters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -152,6 +153,35 @@ class _Recorder:
         return window
 
 
+class _InputRecorder:
+    """Which linears read the same input: siblings that got the very same tensor, in the order of their calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[tuple[str, Tensor]] = []  # holding the tensors keeps their identities apart
+        linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+        self.hooks = [module.register_forward_pre_hook(self._recorder(name)) for name, module in linears]
+
+    def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.calls.append((name, args[0]))
+
+        return record
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def groups(self) -> list[list[str]]:
+        """Groups of at least two module names; a module that was called more than once is in none."""
+        found: dict[tuple[str, int], list[str]] = {}
+        times = Counter(name for name, _ in self.calls)
+        for name, tensor in self.calls:
+            if times[name] == 1:
+                found.setdefault((name.rpartition(".")[0], id(tensor)), []).append(name)
+        self.calls.clear()
+        return [group for group in found.values() if len(group) > 1]
+
+
 def _window_of(mask: MaskFunction, far: int) -> int | None:
     """How many tokens, itself included, a query far from the start sees through `mask`; None: all. ValueError: another pattern."""
 
@@ -186,6 +216,7 @@ class Bridge:
         self.model, self.device = model, device
         self.layers: list[AttentionLayer] = []
         self.layer_of: dict[nn.Module, AttentionLayer] = {}
+        self.shared_inputs: list[list[str]] = []  # names of linears that read the same input
         self.scaling_of: dict[nn.Module, float | None] = {}
         self._probe()
         self.max_model_len, self.notes = freeze_rope(model, max_model_len)
@@ -196,6 +227,7 @@ class Bridge:
         kind = type(model).__name__
         _refuse_state(model)
         recorder = _Recorder({module: name for name, module in model.named_modules()})
+        inputs = _InputRecorder(model)
         # Rows 0 and 2 are the same token at the same position. With attention that mixes nothing they must come out equal:
         # whatever else carries state from row to row (recurrence, convolution, batch-wide rope) would tell them apart.
         ids = torch.tensor([[3, 5, 3]], device=self.device)
@@ -218,11 +250,13 @@ class Bridge:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise ModelError(f"{kind} cannot be run by the native engine.", f"the probe failed with {reason}", FIX) from error
         finally:
+            inputs.close()
             model.set_attn_implementation(NAME)
         self._verdict(kind, recorder, logits)
         self.layers = recorder.layers
         self.layer_of = dict(zip(recorder.modules, recorder.layers, strict=True))
         self.scaling_of = dict(zip(recorder.modules, recorder.scalings, strict=True))
+        self.shared_inputs = inputs.groups()
 
     def _verdict(self, kind: str, recorder: _Recorder, logits: Tensor) -> None:
         total, seen = self.model.config.get_text_config().num_hidden_layers, len(recorder.layers)

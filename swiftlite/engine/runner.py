@@ -16,8 +16,10 @@ from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.bridge import NAME, Bridge, ForwardBatch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.kv import KVCache, available_memory
+from swiftlite.engine.lora import LoraManager
 from swiftlite.errors import ModelError
 from swiftlite.models.loading import load_model
+from swiftlite.models.packed import can_pack, pack_linears
 
 if TYPE_CHECKING:
     from swiftlite.engine.scheduler import Scheduled
@@ -28,24 +30,20 @@ CPU_SHARE = 0.25  # of the memory that is free after loading
 class Runner:
     """A loaded model with its KV cache. Raises ModelError on models that the engine cannot run or memory that cannot hold them."""
 
-    def __init__(self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device, *, packed: bool = True
+    ) -> None:
+        """`packed` False keeps the stock linears (the reference path)."""
         self.config, self.dtype, self.device = config, dtype, device
         self.model = load_model(model_dir, dtype, device, NAME)
         self.bridge = Bridge(self.model, device, config.max_model_len)
+        if packed and can_pack(dtype, device):
+            pack_linears(self.model, self.bridge.shared_inputs)
         self.max_model_len = self.bridge.max_model_len
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
         self.num_blocks = self._size_cache()
         self.cache = KVCache(self.bridge.layers, self.num_blocks, config.block_size, dtype, device)
-        self.lora = self._make_lora()
-
-    def _make_lora(self):
-        from importlib.util import find_spec
-
-        if find_spec("swiftlite.engine.lora") is None:
-            return None
-        from swiftlite.engine.lora import LoraManager
-
-        return LoraManager(self.model, self.config.max_lora_rank)
+        self.lora = LoraManager(self.model, config.max_lora_rank)
 
     def _size_cache(self) -> int:
         """Blocks of the cache: as told, else what all sequences could use at most, within a share of the free memory."""
@@ -100,8 +98,7 @@ class Runner:
     def execute(self, scheduled: list[Scheduled]) -> Tensor:
         """Run one step. Returns logits [S, V]: for each item, in order, those of its last `rows` tokens."""
         batch = self.build_batch(scheduled)
-        if self.lora is not None:
-            self.lora.set_batch(batch.adapters)
+        self.lora.set_batch(batch.adapters)
         return self.bridge.forward(batch, self.cache)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

@@ -1,0 +1,127 @@
+"""Linears whose weight lives in oneDNN's own blocked layout, and linears with one input fused into one product.
+
+Packing is done once after loading, in place of the stock modules: the plain weight goes away, so memory does not grow. Weights
+that anything else uses too (a tied output head, shared layers) stay plain. A packed linear is an nn.Linear without `weight`; the
+parts of a fused one stay at their places in the model under their own names, so adapters and messages know nothing of fusion.
+Only for inference on a CPU, float32 and bfloat16; whether a model is packed never changes its results beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_reorder = torch.ops.mkldnn._reorder_linear_weight.default
+_linear = torch.ops.mkldnn._linear_pointwise.default
+
+
+class PackedLinear(nn.Linear):
+    """y = x W^T + b with W only in oneDNN's layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.packed = _reorder(weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] == 0:  # no row wants logits; oneDNN refuses empty products
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        return _linear(x, self.packed, self.bias, "none", [], "")
+
+
+class FusedLinear:
+    """Several linears of one input as one product: the first part that is called computes all, the others take their columns.
+
+    `parts` are (module name, out features) in order. A part that comes with another input just computes again, so the order and
+    the number of calls do not matter for the result.
+    """
+
+    def __init__(self, parts: list[tuple[str, int]], weight: Tensor, bias: Tensor | None) -> None:
+        self.parts = parts
+        self.widths = [width for _, width in parts]
+        self.product = PackedLinear(weight, bias)
+        self.x: Tensor | None = None
+        self.results: Sequence[Tensor] = ()
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """Columns of part `index` of x [..., in] -> [..., out of the part] (a view with the whole product's row stride)."""
+        if self.x is not x:
+            self.x, self.results = x, self.product(x).split(self.widths, dim=-1)
+        result = self.results[index]
+        if index == len(self.widths) - 1:
+            self.x, self.results = None, ()
+        return result
+
+
+class FusedPart(nn.Linear):
+    """One of a FusedLinear's parts, in the place of the linear that it was."""
+
+    def __init__(self, fused: FusedLinear, index: int, in_features: int) -> None:
+        nn.Module.__init__(self)
+        self.fused, self.index = fused, index
+        self.in_features, self.out_features = in_features, fused.widths[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused.part(self.index, x)
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN has a product for this dtype on this machine that is worth it."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@torch.no_grad()
+def pack_linears(model: nn.Module, shared_inputs: Sequence[Sequence[str]]) -> int:
+    """Replace the stock linears of `model` by packed ones, those of one group in `shared_inputs` (module names) by a fused one.
+
+    Linears with shared weights, with hooks or with a forward of their own (quantized) stay as they are. Returns how many linears
+    were packed.
+    """
+    uses: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[parameter.data_ptr()] = uses.get(parameter.data_ptr(), 0) + 1
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Linear:
+            names.setdefault(module, []).append(name)
+    plain = {
+        found[0]: module
+        for module, found in names.items()
+        if len(found) == 1 and uses[module.weight.data_ptr()] == 1 and _is_stock(module)
+    }  # fmt: skip
+    packed = 0
+    for group in shared_inputs:
+        if len(group) > 1 and all(name in plain for name in group):
+            linears = [plain.pop(name) for name in group]
+            weight = torch.cat([linear.weight for linear in linears])
+            fused = FusedLinear([(name, m.out_features) for name, m in zip(group, linears, strict=True)], weight, _join_bias(linears))
+            for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
+                _replace(model, name, FusedPart(fused, index, linear.in_features))
+            packed += len(group)
+    while plain:
+        name, linear = plain.popitem()
+        _replace(model, name, PackedLinear(linear.weight, linear.bias))
+        packed += 1
+    return packed
+
+
+def _is_stock(module: nn.Linear) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return "forward" not in vars(module) and not any(hooks) and module.weight.device.type == "cpu" and not module.training
+
+
+def _join_bias(linears: list[nn.Linear]) -> Tensor | None:
+    if all(linear.bias is None for linear in linears):
+        return None
+    parts = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+    return torch.cat(parts)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module.eval())
