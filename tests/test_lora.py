@@ -294,3 +294,33 @@ def test_jobs_equal_reference(segments_: list[tuple[int | None, int]], dtype: to
             lora_ops.reference(rows, index, part, x, expected)
             tolerance = 1e-5 if dtype == torch.float32 else 3e-2
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_engine_gives_each_request_its_own_adapter(make_model, make_adapter) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from swiftlite.engine.engine import Engine
+    from swiftlite.engine.request import SamplingParams
+
+    base = make_model("qwen2")
+    adapters = {name: make_adapter(base, seed) for seed, name in enumerate("abc", 1)}
+    names = ["a", None, "b", "c", "a", None, "c"]
+    prompts = [TOKENS[i % 4] for i in range(len(names))]
+    params = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+
+    def expected(name: str | None, prompt: list[int]) -> list[int]:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if name:
+            model = PeftModel.from_pretrained(model, adapters[name])
+        ids = model.eval().generate(torch.tensor([prompt]), max_new_tokens=10, min_new_tokens=10, do_sample=False, eos_token_id=None)
+        return ids[0, len(prompt) :].tolist()
+
+    with Engine(base, dtype="float32", adapters={name: str(path) for name, path in adapters.items()}) as engine:
+        outputs = engine.generate(prompts, params, adapter=names)
+        again = engine.generate(prompts, params, adapter=names)  # from the prefix cache of the right adapter
+        engine.remove_adapter("a")
+        engine.check()
+        assert [info.name for info in engine.adapters()] == ["b", "c"]
+    for name, prompt, output, repeated in zip(names, prompts, outputs, again, strict=True):
+        assert output.outputs[0].token_ids == repeated.outputs[0].token_ids == expected(name, prompt)

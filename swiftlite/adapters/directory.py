@@ -309,7 +309,7 @@ def check_shapes(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) -> N
     """AdapterError unless every module exists in the base with the adapter's shape."""
     made_for = f" (it was made for {adapter.config.base_model})" if adapter.config.base_model else ""
     fix = f"use the base that it was trained on{made_for}"
-    for name, weights in adapter.modules.items():
+    for name, weights in sorted(adapter.modules.items()):
         if name not in expected:
             near = difflib.get_close_matches(name, expected, n=1, cutoff=0.0)
             why = f"the base has no module {name}" + (f"; the nearest is {near[0]}" if near else "")

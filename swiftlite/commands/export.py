@@ -33,6 +33,7 @@ def main(options: Options) -> int:
     results = options.to_peft_format + (options.merge_lora and not options.quant_bits) + bool(options.quant_bits)
     if options.export_dir and results > 1:
         raise UsageError("--export_dir names one result, and this command makes several", fix="run them one by one, or leave it out")
+    told = options.given("model")
     if checkpoint is not None:
         for line in inherit(options, checkpoint):
             print(line)
@@ -40,7 +41,7 @@ def main(options: Options) -> int:
         _to_peft(options, _adapter(checkpoint, "--to_peft_format"))
     model = None
     if options.merge_lora:
-        model = _merge(options, _adapter(checkpoint, "--merge_lora"))
+        model = _merge(options, _adapter(checkpoint, "--merge_lora"), told)
     if options.quant_bits:
         _quantize(options, method, checkpoint, model)
     return 0
@@ -116,7 +117,7 @@ def _peft_form(checkpoint: Path) -> Iterator[Path]:
         yield to_peft(checkpoint, Path(folder) / checkpoint.name)
 
 
-def _merge(options: Options, checkpoint: Path) -> Path:
+def _merge(options: Options, checkpoint: Path, told: bool) -> Path:
     from swiftlite.adapters.merge import merge
 
     final = not options.quant_bits
@@ -126,16 +127,16 @@ def _merge(options: Options, checkpoint: Path) -> Path:
         return out
     started = time.monotonic()
     with _peft_form(checkpoint) as adapter:
-        merge(_base(options, adapter), adapter, out, exist_ok=options.exist_ok)
+        merge(_base(options, adapter, told), adapter, out, exist_ok=options.exist_ok)
     print(f"merged in {time.monotonic() - started:.1f} s")
     return out
 
 
-def _base(options: Options, adapter: Path) -> Path:
+def _base(options: Options, adapter: Path, told: bool) -> Path:
     """The base model: as told, else the first that is found of what the run's settings and the adapter itself name."""
     from swiftlite.adapters.directory import read_config
 
-    if options.origins["model"] == "command line":
+    if told:
         return resolve_model(options.model, options.model_revision, options.use_hf)
     named = read_config(adapter)[0].base_model
     candidates = [name for name in dict.fromkeys((options.model, options.model_type, named)) if name]
