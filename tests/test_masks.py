@@ -7,7 +7,7 @@ from chat_templates import KINDS, NO_STOP, STYLES, make_tokenizer
 
 from swiftlite.chat import Conversation, Encoded, Template
 from swiftlite.chat.builtin import BUILTIN
-from swiftlite.chat.masks import encode_round, merge_rounds
+from swiftlite.chat.masks import merge_rows, slow_row
 from swiftlite.errors import DataError, TemplateError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -39,7 +39,7 @@ def spans(row: Encoded) -> list[tuple[int, int]]:
 
 def slow(template: Template, chat: list[dict], loss_scale: str = "default") -> list[Encoded]:
     rounds = template._rounds(Conversation(chat), loss_scale)
-    return merge_rounds([(*encode_round(template.tokens, template._stops, turn), turn.learn) for turn in rounds], template._stops.ids)
+    return merge_rows([slow_row(template.tokens, template._stops, turn) for turn in rounds], template._stops.ids)
 
 
 ALL = [*STYLES, *(name for name in BUILTIN if name not in STYLES)]

@@ -101,25 +101,41 @@ def _closed(answer: list[int], stops: Stops) -> list[int]:
     return [*answer, stops.turn_id]
 
 
-def merge_rounds(parts: list[tuple[list[int], list[int], bool]], stop_ids: Collection[int]) -> list[Encoded]:
-    """(prompt ids, answer ids, learn) of the rounds in order -> as few rows as keep every round's prompt exact."""
-    rows: list[Encoded] = []
-    for prompt, answer, learn in parts:
-        mask = [False] * len(prompt) + [learn] * len(answer)
-        if rows:
-            last = rows[-1]
+def slow_row(tokens: ControlTokens, stops: Stops, turn: Round) -> Encoded:
+    """The row of one round alone: the reference that `merge_fast` equals."""
+    prompt, answer = encode_round(tokens, stops, turn)
+    return Encoded(prompt + answer, [False] * len(prompt) + [turn.learn] * len(answer))
+
+
+def chains(rounds: list[Round]) -> list[list[Round]]:
+    """Runs of rounds in which each text begins with the one before: a candidate row each."""
+    found: list[list[Round]] = []
+    for turn in rounds:
+        if found and turn.prompt.startswith(found[-1][-1].prompt + found[-1][-1].answer):
+            found[-1].append(turn)
+        else:
+            found.append([turn])
+    return found
+
+
+def merge_rows(rows: list[Encoded], stop_ids: Collection[int]) -> list[Encoded]:
+    """Rows of a conversation's rounds in order -> as few rows as keep every prompt exact; rows without a target go."""
+    merged: list[Encoded] = []
+    for row in rows:
+        if merged:
+            last = merged[-1]
             end = len(last.ids)
             # an open turn is closed by whichever header follows, so its last token may be another stop token
-            same = len(prompt) >= end and prompt[: end - 1] == last.ids[:-1]
-            if same and (prompt[end - 1] == last.ids[-1] or prompt[end - 1] in stop_ids):
-                mask[:end] = last.mask
-                rows.pop()
-        rows.append(Encoded(prompt + answer, mask))
-    return [row for row in rows if any(row.mask)]
+            same = len(row.ids) > end and row.ids[: end - 1] == last.ids[:-1]
+            if same and (row.ids[end - 1] == last.ids[-1] or row.ids[end - 1] in stop_ids):
+                row = Encoded(row.ids, [*last.mask, *row.mask[end:]])
+                merged.pop()
+        merged.append(row)
+    return [row for row in merged if any(row.mask)]
 
 
 def merge_fast(tokens: ControlTokens, stops: Stops, rounds: list[Round], ids: list[int], tails: dict[str, list[int]]) -> Encoded | None:
-    """The one row of `rounds` from the ids of the longest text alone, or None where `encode_round` must decide.
+    """The one row of a chain of rounds from the ids of its longest text alone, or None where `slow_row` must decide.
 
     Control tokens cut a text into runs that are tokenized independently, so a prompt's ids are a prefix of the row's when
     its last run is (`tails` remembers the ids of such runs, mostly "<|im_start|>assistant\\n"). Equal to the slow way by test.
@@ -134,8 +150,6 @@ def merge_fast(tokens: ControlTokens, stops: Stops, rounds: list[Round], ids: li
     stop_index = -1
     for turn in rounds:
         begin, end = len(turn.prompt), len(turn.prompt) + len(turn.answer)
-        if turn is not rounds[-1] and not text.startswith(turn.prompt + turn.answer):
-            return None
         number = bisect_left(ends, begin + 1) - 1  # the last control token that ends at or before the prompt's end
         if number < 0 or (number + 1 < len(found) and found[number + 1].start() < begin):
             return None

@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template  # th
 
 from swiftlite.chat import builtin
 from swiftlite.chat.conversation import Conversation, Message, check_messages
-from swiftlite.chat.masks import Encoded, NoStopToken, Round, Stops, continuation, encode_round, merge_fast, merge_rounds
+from swiftlite.chat.masks import Encoded, NoStopToken, Round, Stops, chains, continuation, merge_fast, merge_rows, slow_row
 from swiftlite.chat.tokens import ControlTokens
 from swiftlite.errors import DataError, RequestError, SwiftError, TemplateError
 
@@ -240,14 +240,24 @@ class Template:
                     planned.append((index, self._rounds(conversation, loss_scale)))
             except SwiftError as error:
                 results[index] = error
-        fast = [(i, rounds) for i, rounds in planned if rounds and not rounds[-1].mark]
-        ids = self.tokens.encode_batch([rounds[-1].prompt + rounds[-1].answer for _, rounds in fast])
-        known = dict(zip((i for i, _ in fast), ids, strict=True))
-        for index, rounds in planned:
+        planned_chains = [(index, chain) for index, rounds in planned for chain in chains(rounds)]
+        plain = [chain for _, chain in planned_chains if not chain[-1].mark]
+        encoded = iter(self.tokens.encode_batch([chain[-1].prompt + chain[-1].answer for chain in plain]))
+        rows: dict[int, list[Encoded]] = {}
+        unstopped: set[int] = set()
+        for index, chain in planned_chains:
+            ids = None if chain[-1].mark else next(encoded)
             try:
-                results[index] = self._merged(rounds, known.get(index), loss_scale)
+                row = merge_fast(self.tokens, self._stops, chain, ids, self._tails) if ids is not None else None
+                rows.setdefault(index, []).extend([row] if row else [slow_row(self.tokens, self._stops, turn) for turn in chain])
             except NoStopToken:
-                results[index] = self._no_stop_error()
+                unstopped.add(index)
+        for index, found in rows.items():
+            merged = merge_rows(found, self._stops.ids)
+            whole = [Encoded(row.ids, [True] * len(row.ids)) for row in merged[-1:]]
+            results[index] = whole if loss_scale == "all" else merged
+        for index in unstopped:
+            results[index] = self._no_stop_error()
         return results
 
     def _rounds(self, conversation: Conversation, loss_scale: str) -> list[Round]:
@@ -281,16 +291,6 @@ class Template:
                 )
             rounds.append(Round(prompt, answer, learn[k] or loss_scale == "all", mark))
         return rounds
-
-    def _merged(self, rounds: list[Round], ids: list[int] | None, loss_scale: str) -> list[Encoded]:
-        if not rounds:
-            return []
-        row = merge_fast(self.tokens, self._stops, rounds, ids, self._tails) if ids is not None else None
-        if row is not None:
-            rows = [row] if any(row.mask) else []
-        else:
-            rows = merge_rounds([(*encode_round(self.tokens, self._stops, turn), turn.learn) for turn in rounds], self._stops.ids)
-        return [Encoded(row.ids, [True] * len(row.ids)) for row in rows[-1:]] if loss_scale == "all" else rows
 
     def _text_row(self, text: str) -> list[Encoded]:
         """Pre-training: every token of the text and the end-of-text token."""
