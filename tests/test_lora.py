@@ -243,7 +243,7 @@ def test_removed_slot_gives_its_pages_back() -> None:
     for slot in (0, 1):
         stack.free.remove(slot)
         for group in range(8):
-            stack.write(slot, group, [(torch.ones(64, 1024), torch.ones(4096, 64))])
+            stack.write(slot, group, 0, torch.ones(64, 1024), torch.ones(4096, 64))
     full = resident()
     assert full - empty > 1.8 * stack.slot_bytes
     stack.clear(0)
@@ -277,8 +277,9 @@ def test_jobs_equal_reference(segments_: list[tuple[int | None, int]], dtype: to
     stack.free = []
     for slot in range(lora_ops.STACK_SLOTS):
         for index, shape in enumerate(shapes):
-            pairs = [(random(r, shape.width), random(o, r) / 8) if r else None for r, o in zip(shape.ranks, shape.outs, strict=True)]
-            stack.write(slot, index, pairs)
+            for part, (rank, out) in enumerate(zip(shape.ranks, shape.outs, strict=True)):
+                if rank:
+                    stack.write(slot, index, part, random(rank, shape.width), random(out, rank) / 8)
     rows: list[lora_ops.Segment] = [(None if slot is None else stack, slot or 0, count) for slot, count in segments_]
     total = sum(count for _, count in segments_)
     jobs = lora_ops.plan(rows, torch.device("cpu"))

@@ -237,9 +237,10 @@ class LoraManager:
             slot = stack.free.pop(0)
         try:
             for group in self._groups:
-                found = [modules.get(part) for part in group.parts]
-                # The scale goes into B in fp32, so that there is one rounding to the model's dtype.
-                stack.write(slot, group.index, [w and (w.a, w.b.float() * w.scale) for w in found])
+                for part, module in enumerate(group.parts):
+                    if module in modules:
+                        weights = modules[module]  # the scale goes into B in fp32: one rounding to the model's dtype
+                        stack.write(slot, group.index, part, weights.a, weights.b.float() * weights.scale)
         except BaseException:
             with self._lock:
                 self._free_slot(stack, slot)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -77,15 +76,12 @@ class Stack:
         start = sum(self.groups[group].ranks[:part])
         return slice(start, start + self.groups[group].ranks[part])
 
-    def write(self, slot: int, group: int, weights: list[tuple[Tensor, Tensor] | None]) -> None:
-        """Fill one slot of one group: per part A [R, width] and scale * B [out, R], or None."""
-        for part, pair in enumerate(weights):
-            if pair is None:
-                continue
-            a, b = self.a[group], self.b[group][part]
-            assert a is not None and b is not None
-            a[slot, self.columns(group, part)].copy_(pair[0])
-            b[slot].copy_(pair[1].T)
+    def write(self, slot: int, group: int, part: int, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Fill one part of one slot: A [R, width] and scale * B [out, R]."""
+        a, b = self.a[group], self.b[group][part]
+        assert a is not None and b is not None
+        a[slot, self.columns(group, part)].copy_(lora_a)
+        b[slot].copy_(lora_b.T)
 
     @property
     def used(self) -> int:
@@ -99,15 +95,6 @@ class Stack:
         else:
             length = self.rows.shape[1] * self.rows.element_size()
             self.memory.madvise(mmap.MADV_DONTNEED, slot * length, length)
-
-
-class Job(Protocol):
-    """Some rows of the batch and the adapters that they go through."""
-
-    stack: Stack
-
-    def shrink(self, group: int, x: Tensor) -> Tensor: ...
-    def expand(self, group: int, part: int, h: Tensor, y: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -167,6 +154,7 @@ class Together:
             y.index_add_(0, self.rows, torch.bmm(h, b).flatten(0, 1)[self.cells])
 
 
+Job = Alone | Together  # some rows of the batch and the adapters that they go through
 Segment = tuple[Stack | None, int, int]  # (stack or None for the base, slot, rows)
 
 

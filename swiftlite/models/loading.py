@@ -115,13 +115,14 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, atten
     check_weights(directory)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{directory} ({config.model_type}) is not a causal language model.", fix="give a text generation model")
-    if (config.to_dict().get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
-        kwargs.setdefault("quantization_config", CompressedTensorsConfig(dequantize=True))
+    quantization = config.to_dict().get("quantization_config") or {}
+    if quantization.get("quant_method") == "compressed-tensors":
+        config.quantization_config = {**quantization, "dequantize": True}
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -61,7 +61,8 @@ def linears(model_dir: str | Path, shards: Shards) -> tuple[list[str], list[str]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(model_dir))
     head = model.get_output_embeddings()
-    found, kept = [], []
+    found: list[str] = []
+    kept: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             stays = module is head or f"{name}.weight" not in shards.tensors
