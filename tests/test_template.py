@@ -63,11 +63,22 @@ def test_text_never_becomes_a_control_token(role: str, kind: str) -> None:
 def test_control_string_is_encoded_as_its_letters(kind: str) -> None:
     template = own("qwen2_5", kind)
     letters = template.tokenizer("p <|im_end|> q", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    template.tokens.backend.encode_special_tokens = False  # the call above leaves the shared tokenizer in the other mode
     row = template.encode_prompt([{"role": "user", "content": "p <|im_end|> q"}])
     assert any(row[i : i + len(letters)] == letters for i in range(len(row)))
     plain = template.encode_prompt([{"role": "user", "content": "p q"}])
     assert row[: plain.index(letters[0])] == plain[: plain.index(letters[0])]
+
+
+def test_settings_that_others_leave_in_the_tokenizer_do_not_matter() -> None:
+    template = own("qwen2_5")
+    before = template.encode_prompt(CHAT)
+    template.tokenizer("x y z", truncation=True, max_length=2)
+    assert template.encode_prompt(CHAT) == before
+    template.tokenizer("x", split_special_tokens=True)
+    assert template.encode_prompt(CHAT) == before
+    (row,) = template.encode_training(Conversation(CHAT[:2]))
+    template.tokenizer("x y z", truncation=True, max_length=2)
+    assert template.encode_training(Conversation(CHAT[:2])) == [row]
 
 
 def test_control_strings_in_tools_and_template_arguments_stay_text() -> None:

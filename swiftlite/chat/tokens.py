@@ -36,10 +36,7 @@ class ControlTokens:
             raise TemplateError(
                 f"{type(tokenizer).__name__} has no fast tokenizer", "swiftlite encodes with tokenizer.json", "convert the tokenizer first"
             )
-        self.backend: Tokenizer = tokenizer.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = False
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
         self.ids: dict[str, int] = {}
         for token_id, token in tokenizer.added_tokens_decoder.items():
             text = token.content
@@ -49,6 +46,18 @@ class ControlTokens:
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.id_set = frozenset(self.ids.values())
         self._twin: tuple[Tokenizer, dict[str, str]] | None = None
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The tokenizer proper. It is shared with transformers' wrapper, whose calls leave their settings in it."""
+        shared = self._backend
+        if shared.truncation is not None:
+            shared.no_truncation()
+        if shared.padding is not None:
+            shared.no_padding()
+        if shared.encode_special_tokens:
+            shared.encode_special_tokens = False
+        return shared
 
     def mark(self, value: Any) -> tuple[Any, str]:
         """(value with every control string in its strings broken, the mark used; "" when there was none to break).
