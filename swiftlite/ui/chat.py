@@ -16,7 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 from fastapi import FastAPI
 
-from swiftlite.errors import SwiftError
+from swiftlite.errors import RequestError, SwiftError
 from swiftlite.server.ask import prepare
 from swiftlite.server.errors import APIError
 from swiftlite.server.service import Service
@@ -46,16 +46,15 @@ class Page:
         self.service = service
 
     def models(self) -> Any:
-        """The names of /v1/models, read again whenever the page loads."""
-        names = self.service.names()
-        return gr.Dropdown(choices=names, value=names[-1])
+        """The names of /v1/models, read again whenever the page loads; what was chosen meanwhile stays."""
+        return gr.Dropdown(choices=self.service.names())
 
     def take(self, text: str, history: list[Turn]) -> tuple[str, list[Turn]]:
         """Move the typed text into the conversation."""
         return "", [*history, {"role": "user", "content": text}] if text.strip() else history
 
     async def answer(
-        self, history: list[Turn], model: str, system: str, temperature: float, top_p: float, max_tokens: float, seed: float | None
+        self, history: list[Turn], model: str, system: str, temperature: float, top_p: float, max_tokens: float, seed: str
     ) -> AsyncIterator[tuple[list[Turn], str]]:
         """The conversation with its growing answer, and a line with the speed."""
         turns = plain(history)
@@ -63,9 +62,9 @@ class Page:
             yield history, ""
             return
         fields: dict[str, Any] = {"temperature": float(temperature), "top_p": float(top_p), "max_tokens": int(max_tokens)}
-        if seed is not None:
-            fields["seed"] = int(seed)
         try:
+            if seed.strip():
+                fields["seed"] = whole_number(seed)
             chat = self.service.served(model).template.has_chat
             instruction = [{"role": "system", "content": system.strip()}] if system.strip() else []
             question = [*instruction, *turns] if chat else turns[-1]["content"]
@@ -96,6 +95,13 @@ class Page:
         while history and history[-1]["role"] != "user":
             history = history[:-1]
         return history
+
+
+def whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RequestError(f"the seed must be a whole number, not {text[:20]!r}") from None
 
 
 def speed(tokens: int, started: float, first: float, now: float) -> str:
@@ -147,7 +153,7 @@ def build(service: Service) -> gr.Blocks:
                 top_p = gr.Slider(0.05, 1, defaults.get("top_p", 1.0), step=0.05, label=word("top_p"), elem_id="top_p")
                 limit = min(room, defaults.get("max_tokens", 1024))
                 max_tokens = gr.Slider(1, room, limit, step=1, label=word("max_tokens"), elem_id="max_tokens")
-                seed = gr.Number(None, label=word("seed"), precision=0, elem_id="seed", placeholder=word("seed_hint"))
+                seed = gr.Textbox("", label=word("seed"), max_lines=1, elem_id="seed", placeholder=word("seed_hint"))
 
         asked = [chat, model, system, temperature, top_p, max_tokens, seed]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
