@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from swiftlite.errors import ModelError
+from swiftlite.models.attention_blocks import attend as blocks
 from swiftlite.models.loading import load_model
 from swiftlite.models.segments import attend, register
 from swiftlite.train.batches import collate
@@ -109,3 +110,46 @@ def test_collate_leaves_out_what_teaches_nothing():
     assert batch.keep.tolist() == [1, 2, 3]
     assert batch.labels.tolist() == [7, 11, 12]
     assert batch.tokens == 8
+
+
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("tokens", "heads", "groups"), [(3, 4, 2), (64, 2, 2), (150, 4, 1), (530, 2, 1)])
+def test_blocks_equal_the_reference(tokens, heads, groups, softcap, window):
+    """The CPU kernel against the masked reference path, values and gradients (530: weights are computed again)."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, tokens, d, requires_grad=True) for n, d in ((heads, 8), (groups, 8), (groups, 6)))
+    grad = torch.randn(1, heads, tokens, 6)
+
+    def run(attention) -> list[torch.Tensor]:
+        out = attention()
+        return [out, *torch.autograd.grad(out, (q, k, v), grad)]
+
+    def reference() -> torch.Tensor:
+        scores = q @ k.repeat_interleave(heads // groups, 1).transpose(2, 3) * 0.3
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None]
+        seen = (distance >= 0) & (distance < (window or tokens))
+        return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ v.repeat_interleave(heads // groups, 1)
+
+    for got, want in zip(run(lambda: blocks(q, k, v, 0.3, window, softcap)), run(reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+def test_blocks_gradcheck():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 5, 3, dtype=torch.float64, requires_grad=True) for n in (2, 1, 1))
+    for window, softcap in ((None, None), (3, 2.0)):
+        assert torch.autograd.gradcheck(lambda q, k, v, w=window, s=softcap: blocks(q, k, v, 0.5, w, s), (q, k, v))
+
+
+def test_blocks_in_bfloat16_are_as_close_as_torch_s_own():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 90, 16, requires_grad=True) for n in (4, 2, 2))
+    grad = torch.randn(1, 4, 90, 16)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    wanted = [exact, *torch.autograd.grad(exact, (q, k, v), grad)]
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    out = blocks(*half, 0.25, None, None)
+    for got, want in zip([out, *torch.autograd.grad(out, half, grad.bfloat16())], wanted, strict=True):
+        assert (got.float() - want).norm() / want.norm() < 0.01

@@ -5,6 +5,8 @@ document and never crosses its borders, so packing changes no result and nothing
 keyword of `model(...)`, which transformers hands down to every attention layer (no global state), and no mask is built
 because none is registered for our name.
 
+On a CPU most documents take `attention_blocks`; its reference is the path that CUDA and dropout take.
+
 Does not know: losses, adapters, caches. Raises on any keyword it does not understand (attention sinks, sparse indices, ...),
 because ignoring one means silently wrong gradients.
 """
@@ -18,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftlite.errors import ModelError
+from swiftlite.models import attention_blocks
 
 NAME = "swift_segments"
+SHORT = 128  # float32 documents up to here cost torch's own kernel fewer calls than ours
 # Keywords that carry nothing attention needs: positions are already in the rotated q and k, and there is no cache.
 HARMLESS = ("position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
 
@@ -68,6 +72,9 @@ def _segment(
 ) -> Tensor:  # [1, H, T, D], [1, G, T, D], [1, G, T, Dv] -> [1, H, T, Dv]
     tokens, grouped = q.shape[2], q.shape[1] != k.shape[1]
     windowed = window is not None and window < tokens
+    if q.device.type == "cpu" and dropout == 0 and (windowed or softcap is not None or q.dtype != torch.float32 or tokens > SHORT):
+        scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+        return attention_blocks.attend(q, k, v, scale, window if windowed else None, softcap)
     if softcap is None and not windowed:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
     distance = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)[None, :]

@@ -37,11 +37,9 @@ class Logbook:
             f"loss {row['loss']:.4f}  acc {row['token_acc']:.3f}  lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.3g}  "
             f"{row['tokens_per_s']:.0f} tok/s  {row['memory_gb']:.1f} GB"
         )
-        if self.progress is None:
-            width = len(str(self.total))
-            print(f"step {row['global_step']:>{width}}/{self.total}  {text}  eta {duration(eta)}", flush=True)
-        else:
-            self.progress[0].update(self.progress[1], text=text)
+        self.say(f"step {row['global_step']:>{len(str(self.total))}}/{self.total}  {text}  eta {duration(eta)}")
+        if self.progress is not None:
+            self.progress[0].update(self.progress[1], text=f"loss {row['loss']:.3f}")
 
     def step(self, number: int) -> None:
         """`number` steps are done."""

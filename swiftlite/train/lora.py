@@ -39,7 +39,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, in]
-        low = flat @ a.to(x.dtype).T  # [T, R]
+        low = F.linear(flat, a.to(x.dtype))  # [T, R]
         y = F.linear(flat, weight, bias).addmm_(low, b.to(x.dtype).T, alpha=scale)  # [T, out]
         ctx.save_for_backward(flat, weight, a, b, low)
         ctx.scale, ctx.shape = scale, x.shape
@@ -50,7 +50,7 @@ class _LowRank(torch.autograd.Function):
         x, weight, a, b, low = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])  # [T, out]
         g_low = (g @ b.to(g.dtype)).mul_(ctx.scale)  # [T, R]
-        g_b = (g.T @ low).to(b.dtype).mul_(ctx.scale)
+        g_b = (low.T @ g).T.to(b.dtype).mul_(ctx.scale)  # this way round oneDNN is twice as fast
         g_a = (g_low.T @ x).to(a.dtype)
         g_x = (g @ weight).addmm_(g_low, a.to(g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_a, g_b, None
