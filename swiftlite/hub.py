@@ -70,12 +70,11 @@ def _fetch(kind: str, name: str, ids: tuple[str, str], revision: str | None, use
 def _modelscope(kind: str, id: str, revision: str | None, local: bool) -> str:
     import logging
 
-    from modelscope import dataset_snapshot_download, snapshot_download
+    from modelscope import snapshot_download
 
     for logger in ("modelscope", "modelscope_hub"):  # retries and cache notes; what failed is in our error
         logging.getLogger(logger).setLevel(logging.ERROR)
-    fetch = snapshot_download if kind == "model" else dataset_snapshot_download
-    return fetch(id, revision=revision, local_files_only=local)
+    return snapshot_download(id, repo_type=kind, revision=revision, local_files_only=local)
 
 
 def _hugging_face(kind: str, id: str, revision: str | None, local: bool) -> str:

@@ -12,11 +12,11 @@ from swiftlite.hub import TINY_CHAT, resolve_dataset, resolve_model
 from swiftlite.models.catalog import MODELS
 
 
-def resolve(name: str, **env: str) -> str:
+def resolve(name: str, kind: str = "model", **env: str) -> str:
     """In a process of its own: the hubs' clients read their environment once."""
     import os
 
-    code = f"from swiftlite.hub import resolve_model; print('GOT', resolve_model({name!r}))"
+    code = f"from swiftlite.hub import resolve_{kind} as resolve; print('GOT', resolve({name!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env})
     return done.stdout + done.stderr
 
@@ -34,6 +34,13 @@ def test_a_modelscope_cache(tmp_path, layout):
     (tmp_path / layout).mkdir(parents=True)
     (tmp_path / layout / "config.json").write_text("{}")
     assert f"GOT {tmp_path / layout}" in resolve("qwen2_5-0_5b-instruct", MODELSCOPE_CACHE=str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["hub/datasets/some-org/rows", "datasets/some-org/rows", "datasets/some-org--rows/snapshots/master"])
+def test_a_modelscope_dataset_cache(tmp_path, layout):
+    (tmp_path / layout).mkdir(parents=True)
+    (tmp_path / layout / "train.jsonl").write_text("{}")
+    assert f"GOT {tmp_path / layout}" in resolve("some-org/rows", "dataset", MODELSCOPE_CACHE=str(tmp_path))
 
 
 def test_a_hugging_face_cache(tmp_path):
