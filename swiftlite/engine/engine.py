@@ -110,7 +110,12 @@ class Engine:
                 self._release(request.adapter)
             raise
         streams = [Stream(request, self.abort) for request in requests]
-        return [stream.result() for stream in streams]
+        try:
+            return [stream.result() for stream in streams]
+        except BaseException:  # Ctrl-C while waiting
+            for stream in streams:
+                stream.abort()
+            raise
 
     def abort(self, request_id: str) -> None:
         """End a request now, from any thread; nothing happens when it is unknown or finished."""
@@ -125,16 +130,19 @@ class Engine:
         room = self.max_model_len - len(ids)
         max_len = len(ids) + (room if params.max_tokens is None else min(room, params.max_tokens))
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        version = self._lora().acquire(adapter) if adapter is not None else None
-        request = Request(request_id or uuid.uuid4().hex, text, ids, params, version, stop_ids, time.monotonic(), Signal())
+        request = Request(request_id or uuid.uuid4().hex, text, ids, params, None, stop_ids, time.monotonic(), Signal())
         request.siblings_pending = params.n > 1
         request.prompt_logprobs = None if params.prompt_logprobs is None else [None]
         for index in range(params.n):
             sampling = SamplingState(params, ids, seed + index, maskable)
             detok = Detokenizer(self._decoder, ids, params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
-            seq = Sequence(request, index, list(ids), len(ids), max_len, version, sampling, detok, next(self._order))
+            seq = Sequence(request, index, list(ids), len(ids), max_len, None, sampling, detok, next(self._order))
             seq.logprobs = None if params.logprobs is None else []
             request.sequences.append(seq)
+        if adapter is not None:  # last: nothing can fail after it, so the reference cannot leak
+            request.adapter = self._lora().acquire(adapter)
+            for seq in request.sequences:
+                seq.adapter = request.adapter
         return request
 
     def _check_request(self, ids: list[int], params: SamplingParams) -> None:

@@ -176,11 +176,11 @@ class StepLoop:
                 except Exception as error:  # a bug of ours: give up what runs, not the engine
                     logger.exception("the step loop failed; all its requests end with an error")
                     self._reset(error)
+        for request in list(self._requests.values()):  # not under the lock: ending a request wakes its readers, who have locks too
+            self._end_request(request, "abort")
         with self._lock:
             for message in [*inbox, *self._inbox]:
                 message()
-            for request in list(self._requests.values()):
-                self._end_request(request, "abort")
             self._inbox, self._thread = [], None
 
     def _admit(self, request: Request) -> None:
