@@ -484,6 +484,37 @@ def test_asyncio_streams(engine, oracle):
     engine.check()
 
 
+def test_threads_that_read_drop_and_abort_at_random(build, oracle):
+    one = build(num_blocks=30, max_num_seqs=5, max_num_batched_tokens=24, enable_prefix_caching=True)
+    expected = {length: hf(oracle, list(range(3, 3 + length)), 25) for length in (2, 20, 50)}
+    failures: list[str] = []
+
+    def worker(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(12):
+            length = rng.choice(list(expected))
+            stream = one.submit(list(range(3, 3 + length)), greedy(25, n=rng.choice([1, 1, 2]), stop=rng.choice([[], ["zzz"]])))
+            way = rng.randrange(4)
+            if way == 0:
+                del stream
+            elif way == 1:
+                stream.abort()
+                stream.result()
+            else:
+                output = stream.result() if way == 2 else list(stream)[-1]
+                if any(answer.token_ids != expected[length] for answer in output.outputs):
+                    failures.append(f"{seed}: {output}")
+
+    threads = [threading.Thread(target=worker, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    wait_until(lambda: one.stats()["running"] + one.stats()["waiting"] == 0)
+    one.check()
+
+
 def test_a_dead_event_loop_does_not_disturb_the_others(engine, oracle):
     async def leave():
         stream = engine.submit([5, 6], greedy(200))
