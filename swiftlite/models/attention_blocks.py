@@ -20,6 +20,9 @@ KEEP = 512  # tokens up to which weights are kept, at most H * T^2 / 2 elements
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """q [1, H, T, D], k [1, G, T, D], v [1, G, T, Dv] -> [1, H, T, Dv]; a query sees itself and the `window` - 1 before it."""
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):  # as torch's own kernel: norms and rotations leave q and k in float32, v comes in bfloat16
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     return _Attention.apply(q, k, v, scale, window, softcap)
 
 
