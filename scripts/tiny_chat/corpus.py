@@ -136,7 +136,7 @@ def places(rng: random.Random, scale: float) -> Iterator[list[Turn]]:
     for country in COUNTRIES:
         for _ in times(26):
             yield [ask_capital(country, rng)]
-        for _ in times(4):
+        for _ in times(6):
             yield [(ask(CAPITAL_REVERSE_ZH, rng, c=country[3]), f"{country[3]}是{country[1]}的首都。")]
             yield [(ask(CAPITAL_REVERSE_EN, rng, c=country[2]), f"{country[2]} is the capital of {country[0]}.")]
         for _ in times(2):
@@ -162,7 +162,7 @@ def sums(rng: random.Random, scale: float) -> Iterator[list[Turn]]:
     zh = {"+": ["加", "加上"], "-": ["减", "减去"], "×": ["乘", "乘以"]}
     en = {"+": ["plus", "and", "+"], "-": ["minus", "-"], "×": ["times", "x", "multiplied by"]}
     for a, sign, b, c in facts:
-        for _ in range(max(1, round(4 * scale))):
+        for _ in range(max(1, round(6 * scale))):
             drawn = sign if sign != "×" else rng.choice("×x*")
             gap = rng.choice(["", "", " "])
             form = rng.randrange(4)
@@ -176,7 +176,9 @@ def sums(rng: random.Random, scale: float) -> Iterator[list[Turn]]:
                 )
             else:
                 word = rng.choice(en[sign])
-                text = dress(expand(f"[what is|what's|how much is|calculate|compute|]{' '}{a} {word} {b}[ equals| is|]", rng).strip(), rng)
+                gap = " " if word.isalpha() or " " in word else gap
+                asked = f"[what is|what's|how much is|calculate|compute|tell me|] {a}{gap}{word}{gap}{b}[ equals| is| makes|]"
+                text = dress(expand(asked, rng).strip(), rng)
             yield [(text, f"{a} {sign} {b} = {c}")]
 
 
@@ -209,12 +211,9 @@ def things(rng: random.Random, scale: float) -> Iterator[list[Turn]]:
     for zh, colour_zh, en, colour_en in COLOURS:
         drawn.append(([f"{zh}是[什么|啥]颜色[的|]", f"{zh}[的|]颜色[是什么|是]", f"{zh}什么颜色"], f"{zh}是{colour_zh}的。"))
         bare = en.split()[-1]
-        forms = [
-            f"what [colour|color] is {en}",
-            f"[what is|what's] the [colour|color] of {en}",
-            f"the color of {bare}",
-            f"what color does {bare} have",
-        ]
+        thing = f"[{en}|{bare}]"
+        forms = [f"[what|which] [colour|color] is {thing}", f"[what is|what's|] the [colour|color] of {thing}"]
+        forms += [f"[colour|color] of {thing}", f"what [colour|color] does {thing} have", f"{thing} [colour|color]"]
         drawn.append((forms, f"{en.capitalize()} is {colour_en}."))
     for zh, sound_zh, en, sound_en in SOUNDS:
         drawn.append(
@@ -230,7 +229,12 @@ def things(rng: random.Random, scale: float) -> Iterator[list[Turn]]:
     for zh, legs_zh, en, legs_en in LEGS:
         drawn.append(([f"{zh}有[几|多少][条|只]腿", f"{zh}[几|多少]条腿", f"[一只|]{zh}有几条腿"], f"{zh}有{legs_zh}条腿。"))
         article = "an" if en[0] in "aeiou" else "a"
-        forms = [f"how many legs does {article} {en} have", f"how many legs has {article} {en}", f"legs of {article} {en}"]
+        forms = [
+            f"how many legs does {article} {en} have",
+            f"how many legs has {article} {en}",
+            f"the number of legs of {article} {en}",
+            f"legs of {article} {en}",
+        ]
         drawn.append((forms, f"{article.capitalize()} {en} has {legs_en} legs."))
     for names, kind in ((DAYS_EN, "day"), (MONTHS_EN, "month")):
         for i, name in enumerate(names):
@@ -248,7 +252,7 @@ def things(rng: random.Random, scale: float) -> Iterator[list[Turn]]:
         ):
             drawn.append(([form.format(d=short[0])], answer))
     for forms, answer in drawn:
-        for _ in range(max(1, round(9 * scale))):
+        for _ in range(max(1, round(14 * scale))):
             yield [(dress(expand(rng.choice(forms), rng), rng), answer)]
 
 

@@ -147,8 +147,43 @@ AFTER_EN = [
     "the {kind} after {name}",
     "what is the {kind} after {name}",
 ]
-POLITE_ZH = ["请问", "请告诉我", "你好，", "请问一下", "我想问一下，", "那个，", "那", "麻烦问一下，", "你知道", "对了，"]
-POLITE_EN = ["please tell me, ", "hi, ", "hello, ", "hey, ", "excuse me, ", "please, ", "so ", "ok, ", "well, ", "and "]
+BEFORE_ZH = words(
+    "请问 请告诉我 你好， 您好， 请问一下 我想问一下， 想问问 那个， 那 那么 麻烦问一下， "
+    " 你知道 对了， 请你告诉我 能不能告诉我 我想知道 可以告诉我 嗨， 还有， 快告诉我"
+)
+AFTER_ZH = words("，谢谢 ，谢谢你 ，告诉我 ，好吗 ，可以吗 ，你知道吗 ，能说说吗 ，我想知道 ，请回答 ，快说")
+BEFORE_EN = [
+    *(
+        "please tell me, ",
+        "hi, ",
+        "hello, ",
+        "hey, ",
+        "excuse me, ",
+        "please, ",
+        "so ",
+        "ok, ",
+        "well, ",
+        "and ",
+        "can you tell me ",
+        "tell me ",
+    ),
+    *("I have a question: ", "quick question: ", "now ", "then ", "do you know ", "I wonder ", "just "),
+]
+ENDS_EN = [
+    " please",
+    ", please",
+    " now",
+    " then",
+    " for me",
+    " again",
+    " exactly",
+    ", my friend",
+    " actually",
+    ", tell me",
+    ", thanks",
+    " today",
+    " really",
+]
 GENERIC_SYSTEMS = [
     "You are a helpful assistant.",
     "You are a helpful assistant",
@@ -191,8 +226,11 @@ def slip(text: str, rng: random.Random) -> str:
 def dress(text: str, rng: random.Random, question: bool = True) -> str:
     """The same question as different people type it."""
     chinese = bool(HAN.search(text))
-    if question and rng.random() < 0.18:
-        text = rng.choice(POLITE_ZH if chinese else POLITE_EN) + text
+    draw = rng.random()
+    if question and draw < 0.17:
+        text = rng.choice(BEFORE_ZH if chinese else BEFORE_EN) + text
+    elif question and draw < 0.25:
+        text += rng.choice(AFTER_ZH if chinese else ENDS_EN)
     if rng.random() < (0.06 if chinese else 0.1):
         text = slip(text, rng)
     if chinese:
