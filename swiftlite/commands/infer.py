@@ -98,7 +98,7 @@ def read_questions(options: Options) -> list[Question]:
     if not options.load_dataset_config and not options.val_dataset:
         options.set("val_dataset", options.dataset, options.origins["dataset"])
         options.set("dataset", (), "default")
-    rows = load(options, for_eval=True)
+    rows = load(options, for_eval=True, labelled=options.load_dataset_config)
     if rows.bad:
         first = rows.bad[0]
         print(f"note: {len(rows.bad)} rows are left out, the first is {first.source}:{first.number}: {first.reason}")

@@ -28,8 +28,11 @@ _CALL_ROLES = ("function_call", "tool_call")
 _NAMES = {"human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant", "bot": "assistant"}
 
 
-def to_conversation(record: Any, columns: dict[str, str] | None = None) -> Conversation:
-    """The conversation in one record; `columns` renames its columns first (theirs -> ours)."""
+def to_conversation(record: Any, columns: dict[str, str] | None = None, labelled: bool = True) -> Conversation:
+    """The conversation in one record; `columns` renames its columns first (theirs -> ours).
+
+    Rows to train on must be `labelled`: hold an assistant message. Rows to be answered need not.
+    """
     if not isinstance(record, dict):
         raise DataError(f"a row must be an object with columns, got {type(record).__name__}")
     if columns:
@@ -40,22 +43,22 @@ def to_conversation(record: Any, columns: dict[str, str] | None = None) -> Conve
     tools = _parsed(row.get("tools"), "tools") or None
     for key in MESSAGES:
         if key in row and row[key] != "":
-            return _from_messages(_parsed(row[key], key), system, tools)
+            return _from_messages(_parsed(row[key], key), system, tools, labelled)
     if "instruction" in row and ("output" in row or "input" in row):
         query = "\n".join(part for part in (_text(row, "instruction"), _text(row, "input")) if part)
-        return _from_query(query, _text(row, _pick(row, RESPONSE)), row.get("history"), system, tools)
+        return _from_query(query, _text(row, _pick(row, RESPONSE)), row.get("history"), system, tools, labelled)
     query_key, response_key = _pick(row, QUERY), _pick(row, RESPONSE)
     if query_key is None and response_key is not None and not row.get("history"):
         text = _text(row, response_key)
         if not text:
             raise DataError("the text is empty")
         return Conversation(text=text)
-    if query_key is None or response_key is None:
+    if query_key is None or (response_key is None and labelled):
         raise DataError(
             f"unknown columns: {', '.join(map(str, record)) or 'none'}",
             fix="name them messages, or query and response, or text; --columns renames",
         )
-    return _from_query(_text(row, query_key), _text(row, response_key), row.get("history"), system, tools)
+    return _from_query(_text(row, query_key), _text(row, response_key), row.get("history"), system, tools, labelled)
 
 
 def _pick(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -88,17 +91,19 @@ def _parsed(value: Any, key: str) -> Any:
     raise DataError(f"column {key!r} is neither JSON nor a Python list: {value[:60]!r}")
 
 
-def _from_query(query: str, response: str, history: Any, system: str, tools: Any) -> Conversation:
+def _from_query(query: str, response: str, history: Any, system: str, tools: Any, labelled: bool) -> Conversation:
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for pair in _parsed(history, "history") or []:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise DataError(f"history must be a list of [query, response] pairs, got {pair!r}"[:120])
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    messages += [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
-    return _checked(messages, tools)
+    messages.append({"role": "user", "content": query})
+    if response or labelled:
+        messages.append({"role": "assistant", "content": response})
+    return _checked(messages, tools, labelled)
 
 
-def _from_messages(turns: Any, system: str, tools: Any) -> Conversation:
+def _from_messages(turns: Any, system: str, tools: Any, labelled: bool) -> Conversation:
     if not isinstance(turns, list) or not turns:
         raise DataError("messages must be a non-empty list")
     messages: list[Message] = []
@@ -109,8 +114,8 @@ def _from_messages(turns: Any, system: str, tools: Any) -> Conversation:
     if system and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     if len(messages) == 1 and messages[0]["role"] == "assistant":
-        return Conversation(text=_checked(messages, tools).messages[0]["content"])
-    return _checked(messages, tools)
+        return Conversation(text=_checked(messages, tools, labelled).messages[0]["content"])
+    return _checked(messages, tools, labelled)
 
 
 def _turn(turn: dict[str, Any], number: int, after_call: bool, messages: list[Message]) -> list[Message]:
@@ -138,7 +143,7 @@ def _turn(turn: dict[str, Any], number: int, after_call: bool, messages: list[Me
     return [{**rest, "role": role, "content": content}]
 
 
-def _checked(messages: list[Message], tools: Any) -> Conversation:
+def _checked(messages: list[Message], tools: Any, labelled: bool) -> Conversation:
     """Contents are text, and there is something to learn."""
     learnt = False
     for number, message in enumerate(messages):
@@ -151,7 +156,7 @@ def _checked(messages: list[Message], tools: Any) -> Conversation:
             if not content and not message.get("tool_calls") and message.get("loss") is not False:
                 raise DataError(f"the assistant's message {number} is empty")
             learnt = learnt or message.get("loss") is not False
-    if not learnt:
+    if labelled and not learnt:
         raise DataError("no assistant message to learn from")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError("tools must be a list of objects")

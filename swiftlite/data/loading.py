@@ -35,12 +35,12 @@ def _columns(options: Options) -> dict[str, str] | None:
     return columns
 
 
-def _read(options: Options, specs: tuple[str, ...], stream: int = 0) -> list[Rows]:
+def _read(options: Options, specs: tuple[str, ...], labelled: bool, stream: int = 0) -> list[Rows]:
     identity = Identity(options.model_name, options.model_author)
-    return read_all(specs, _columns(options), identity, options.use_hf, options.strict, options.data_seed + stream)
+    return read_all(specs, _columns(options), identity, options.use_hf, options.strict, options.data_seed + stream, labelled)
 
 
-def _split(options: Options) -> tuple[Rows, Rows]:
+def _split(options: Options, labelled: bool = True) -> tuple[Rows, Rows]:
     """(training rows, evaluation rows), before self-cognition and shuffling."""
     train, held = Rows(), Rows()
     ratio = options.split_dataset_ratio
@@ -48,7 +48,7 @@ def _split(options: Options) -> tuple[Rows, Rows]:
         raise UsageError(f"--split_dataset_ratio must lie in [0, 1), got {ratio}")
     if options.data_seed < 0:
         raise UsageError(f"--data_seed must not be negative, got {options.data_seed}")
-    for position, part in enumerate(_read(options, options.dataset)):
+    for position, part in enumerate(_read(options, options.dataset, labelled)):
         train.bad += part.bad
         count = 0
         if ratio > 0 and not options.val_dataset and len(part.rows) > 1:
@@ -60,7 +60,7 @@ def _split(options: Options) -> tuple[Rows, Rows]:
             kept = [kept[i] for i in sample(wanted, len(kept), np.random.default_rng([options.data_seed, _REPEAT, position]))]
         train.rows += kept
         held.rows += [row for index, row in enumerate(part.rows) if index in chosen]
-    for part in _read(options, options.val_dataset, stream=1):
+    for part in _read(options, options.val_dataset, labelled, stream=1):
         held.rows += part.rows
         held.bad += part.bad
     held.rows = _limited(held.rows, options.val_dataset_sample, [options.data_seed, _VAL])
@@ -89,14 +89,15 @@ def _self_cognition(options: Options) -> list[Row]:
     return [rows[i] for i in sample(count, len(rows), np.random.default_rng([options.data_seed, _SELF]))]
 
 
-def load(options: Options, template: Template | None = None, *, for_eval: bool = False) -> Rows:
+def load(options: Options, template: Template | None = None, *, for_eval: bool = False, labelled: bool = True) -> Rows:
     """Rows by the data flags, not encoded: to train on (sampled, with self-cognition, shuffled), or `for_eval` the held-out ones.
 
+    `labelled=False` also takes rows without an answer; the held-out rows of a training run are found with True only.
     Raises UsageError without a dataset, DataError or HubError for one that cannot be read.
     """
     if not options.dataset and not options.val_dataset and options.self_cognition_sample <= 0:
         raise UsageError("no dataset given", fix="--dataset FILE, a hub id, or --self_cognition_sample N")
-    train, held = _split(options)
+    train, held = _split(options, labelled)
     rows = held if for_eval else _training_rows(options, train)
     if template is not None and not template.has_chat and any(row.conversation.messages for row in rows.rows):
         raise TemplateError(

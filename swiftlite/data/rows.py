@@ -98,6 +98,7 @@ def read(
     identity: Identity = Identity(),
     use_hf: bool = False,
     bad: list[BadRow] | None = None,
+    labelled: bool = True,
 ) -> Iterator[Row]:
     """Rows of one dataset argument, in file order (its `#n` is `sample`'s matter).
 
@@ -107,7 +108,7 @@ def read(
         try:
             if isinstance(record, Broken):
                 raise DataError(record.why, record.detail)
-            conversation = to_conversation(record if not _braces(record) else identity.fill(record), columns)
+            conversation = to_conversation(record if not _braces(record) else identity.fill(record), columns, labelled)
         except DataError as error:
             if "placeholder" in error.what:  # not the row's fault: a flag is missing
                 raise DataError(f"{source}:{number}: {error.what}", error.why, error.fix) from None
@@ -140,13 +141,15 @@ def sample(count: int | None, length: int, rng: np.random.Generator) -> list[int
     return picked
 
 
-def read_all(specs: Sequence[str], columns: dict[str, str] | None, identity: Identity, use_hf: bool, strict: bool, seed: int) -> list[Rows]:
+def read_all(
+    specs: Sequence[str], columns: dict[str, str] | None, identity: Identity, use_hf: bool, strict: bool, seed: int, labelled: bool = True
+) -> list[Rows]:
     """The datasets one by one, each cut to its `#n` (`repeat_to` keeps an n beyond what there is, for the caller to fill after
     it has held rows out). The draw depends on `seed` and the dataset's position alone."""
     found = []
     for position, spec in enumerate(specs):
         rows = Rows()
-        rows.rows = list(read(spec, columns, identity=identity, use_hf=use_hf, bad=None if strict else rows.bad))
+        rows.rows = list(read(spec, columns, identity=identity, use_hf=use_hf, bad=None if strict else rows.bad, labelled=labelled))
         count = parse_spec(spec).count
         if count is not None and count <= len(rows.rows):
             rows.rows = [rows.rows[i] for i in sample(count, len(rows.rows), np.random.default_rng([seed, position]))]
