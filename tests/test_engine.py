@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from conftest import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from swiftlite.engine.config import EngineConfig
@@ -138,12 +139,19 @@ def test_seeded_requests_do_not_depend_on_their_company(engine):
     assert answers(engine.generate([PROMPTS[2]] * 2, SamplingParams(max_tokens=15, ignore_eos=True)))[0] != alone
 
 
-def test_a_sliding_window_model_in_mixed_batches(make_model, build):
-    directory = make_model("gemma2")
-    oracle = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_cold_and_warm_in_mixed_chunked_batches(family, make_model, build):
+    directory = make_model(family)
+    attention = "eager" if family == "gemma2" else "sdpa"  # sdpa has no soft cap
+    oracle = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
+    prompts = [PROMPTS[1], PROMPTS[3], PROMPTS[4]]
+    expected = [hf(oracle, prompt) for prompt in prompts]
     one = build(directory, max_num_batched_tokens=20, enable_prefix_caching=True)
-    for _ in range(2):
-        assert answers(one.generate(PROMPTS, greedy())) == [hf(oracle, prompt) for prompt in PROMPTS]
+    for cached in ([0, 0, 0], [0, 32, 48]):
+        outputs = one.generate(prompts, greedy())
+        assert answers(outputs) == expected
+        if cached[1]:
+            assert [output.num_cached_tokens for output in outputs] == cached
 
 
 def test_base_and_three_adapters_in_one_batch_equal_peft(model_dir, make_adapter, build):
@@ -307,9 +315,9 @@ def test_a_full_queue_and_a_used_id_are_refused(build):
         one.submit([5, 6], greedy(), request_id="1")
     with pytest.raises(OverloadError, match="2 requests"):
         one.submit([5, 6], greedy())
-    assert len(one.generate([[5]] * 10, greedy(2))) == 10, "offline runs are not limited"
     for stream in streams:
         stream.abort()
+    assert len(one.generate([[5]] * 10, greedy(2))) == 10, "offline runs are not limited"
 
 
 def test_broken_generation_config_is_an_error(model_dir, tmp_path):
