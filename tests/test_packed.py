@@ -69,7 +69,7 @@ def test_only_where_it_is_understood() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_equals_the_plain_one(family: str, make_model) -> None:
     path = make_model(family)
-    packed, plain = make_runner(path), Runner(path, EngineConfig(num_blocks=160, block_size=4), torch.float32, CPU, packed=False)
+    packed, plain = make_runner(path), Runner(path, EngineConfig(num_blocks=160, block_size=4), torch.float32, CPU, plain=True)
     fused = [m for m in packed.model.modules() if isinstance(m, FusedPart)]
     assert len(fused) >= (0 if family in ("phi3", "glm4") else 3 * 5) and not any(
         isinstance(m, PackedLinear) for m in plain.model.modules()
@@ -88,7 +88,7 @@ def test_the_tied_head_is_left_alone(make_model) -> None:
 def test_adapters_work_on_packed_linears(make_model, make_adapter) -> None:
     path: Path = make_model("llama")
     adapter = make_adapter(path, 1)
-    packed, plain = make_runner(path), Runner(path, EngineConfig(num_blocks=160, block_size=4), torch.float32, CPU, packed=False)
+    packed, plain = make_runner(path), Runner(path, EngineConfig(num_blocks=160, block_size=4), torch.float32, CPU, plain=True)
     prompts = prompts_for(packed.vocab_size, [12, 5])
     results = []
     for runner in (packed, plain):

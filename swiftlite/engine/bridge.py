@@ -25,7 +25,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from swiftlite.engine.attention_cpu import SequenceSlice, paged_attention
+from swiftlite.engine.attention_native import DTYPES, NativeBatch
 from swiftlite.engine.kv import AttentionLayer, KVCache
+from swiftlite.engine.native import load_library
 from swiftlite.engine.rope import freeze_rope
 from swiftlite.errors import ModelError
 
@@ -90,11 +92,14 @@ class _Pages:
     bridge: Bridge
     cache: KVCache
     batch: ForwardBatch
+    native: NativeBatch | None
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> Tensor:
         layer = self.bridge.layer_of[module]
         if settings["scale"] != self.bridge.scaling_of[module] or settings["softcap"] != layer.softcap:
             raise ModelError(f"{layer.name} changed its attention settings after the probe.", str(settings), FIX)
+        if self.native is not None:
+            return self.native.attend(layer, q, k, v)
         self.cache.store(layer.index, k.transpose(0, 1), v.transpose(0, 1), self.batch.slots)
         keys, values = self.cache.keys[layer.index], self.cache.values[layer.index]
         return paged_attention(q.transpose(0, 1), keys, values, self.batch.sequences, layer)
@@ -208,12 +213,13 @@ def _window_of(mask: MaskFunction, far: int) -> int | None:
 class Bridge:
     """A probed model: its attention layers, its longest context, and `forward` over a mixed batch of sequences."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, max_model_len: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, max_model_len: int | None = None, *, kernels: bool = True) -> None:
         """Probe `model` (loaded with attention name swift_pages). ModelError names what the engine cannot run.
 
-        `max_model_len` in tokens; None means what the model's positions allow.
+        `max_model_len` in tokens; None means what the model's positions allow. `kernels` False keeps to torch (the reference).
         """
         self.model, self.device = model, device
+        self.library = load_library() if kernels and device.type == "cpu" and model.dtype in DTYPES else None
         self.layers: list[AttentionLayer] = []
         self.layer_of: dict[nn.Module, AttentionLayer] = {}
         self.shared_inputs: list[list[str]] = []  # names of linears that read the same input
@@ -276,13 +282,14 @@ class Bridge:
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """One step: logits [S, V] in the model's dtype for `batch.logits_index`; K and V of all rows are stored in `cache`."""
+        native = None if self.library is None else NativeBatch(self.library, cache, batch.slots, batch.sequences)
         with torch.inference_mode():
             output = self.model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
                 use_cache=False,
                 logits_to_keep=batch.logits_index,
-                swift_pages=_Pages(self, cache, batch),
+                swift_pages=_Pages(self, cache, batch, native),
             )
             return output.logits[0]
 

@@ -31,13 +31,13 @@ class Runner:
     """A loaded model with its KV cache. Raises ModelError on models that the engine cannot run or memory that cannot hold them."""
 
     def __init__(
-        self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device, *, packed: bool = True
+        self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device, *, plain: bool = False
     ) -> None:
-        """`packed` False keeps the stock linears (the reference path)."""
+        """`plain` keeps the stock linears and torch's attention: the reference of every faster path."""
         self.config, self.dtype, self.device = config, dtype, device
         self.model = load_model(model_dir, dtype, device, NAME)
-        self.bridge = Bridge(self.model, device, config.max_model_len)
-        if packed and can_pack(dtype, device):
+        self.bridge = Bridge(self.model, device, config.max_model_len, kernels=not plain)
+        if not plain and can_pack(dtype, device):
             pack_linears(self.model, self.bridge.shared_inputs)
         self.max_model_len = self.bridge.max_model_len
         self.vocab_size: int = self.model.config.get_text_config().vocab_size

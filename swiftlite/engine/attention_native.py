@@ -1,0 +1,85 @@
+"""Paged attention by the C++ kernel (paged_attention.cpp): the same contract as attention_cpu.py, store included.
+
+A `NativeBatch` holds what all layers of a step share; `attend` is one library call. Tensors and `_Args` must describe the same
+memory: the kernel checks nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from swiftlite.engine.attention_cpu import SequenceSlice
+from swiftlite.engine.kv import AttentionLayer, KVCache
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Args(ctypes.Structure):
+    """struct Args of paged_attention.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "q", "k", "v", "keys", "values", "slots", "tables", "sequences")),
+        *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                *("tokens", "num_sequences", "heads", "kv_heads", "key_dim", "value_dim"),
+                *("block_size", "window", "is_bf16", "threads"),
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class NativeBatch:
+    """One step's pages for the kernel."""
+
+    def __init__(self, library: ctypes.CDLL, cache: KVCache, slots: Tensor, sequences: Sequence[SequenceSlice]) -> None:
+        self.function, self.cache, self.slots = library.swift_paged_attention, cache, slots
+        meta: list[int] = []
+        offset = 0
+        size = cache.block_size
+        tables: list[Sequence[int]] = []
+        for sequence in sequences:
+            used = -(-(sequence.context_len + sequence.query_len) // size)
+            meta += (sequence.query_start, sequence.query_len, sequence.context_len, offset)
+            tables.append(sequence.block_table[:used])
+            offset += used
+        self.meta = torch.tensor(meta, dtype=torch.int32)
+        self.tables = torch.tensor(list(chain.from_iterable(tables)), dtype=torch.int32)
+        self.covered = sum(sequence.query_len for sequence in sequences) == slots.shape[0]
+        self.args = _Args(
+            slots=slots.data_ptr(),
+            tables=self.tables.data_ptr(),
+            sequences=self.meta.data_ptr(),
+            tokens=slots.shape[0],
+            num_sequences=len(sequences),
+            block_size=size,
+            is_bf16=cache.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+        )
+        self.pointer = ctypes.byref(self.args)
+
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [H, T, Dk], k [G, T, Dk], v [G, T, Dv], new tokens -> [T, H, Dv]; K and V are stored first."""
+        if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        assert q.dtype == k.dtype == v.dtype == self.cache.dtype
+        shape = (q.shape[1], layer.heads, layer.value_dim)
+        out = q.new_empty(shape) if self.covered else q.new_zeros(shape)
+        args = self.args
+        args.out, args.q, args.k, args.v = out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr()
+        args.keys, args.values = self.cache.keys[layer.index].data_ptr(), self.cache.values[layer.index].data_ptr()
+        args.q_head, args.q_token = q.stride(0), q.stride(1)
+        args.k_head, args.k_token = k.stride(0), k.stride(1)
+        args.v_head, args.v_token = v.stride(0), v.stride(1)
+        args.heads, args.kv_heads, args.key_dim, args.value_dim = layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim
+        args.window, args.scale, args.softcap = layer.window or 0, layer.scale, layer.softcap or 0.0
+        self.function(self.pointer)
+        return out

@@ -1,0 +1,118 @@
+"""The engine's C++ kernels: compiled once per machine by the system's compiler, cached, loaded through ctypes.
+
+Nothing happens at import. The first engine of a machine compiles (a few seconds); the library's name carries a hash of the
+sources, the compiler, its flags and the CPU, so a change of any makes another file, and a rename puts it in place whole, so
+processes may race. The directory belongs to the user alone, because what lies in it is run. Without a working compiler the
+reason is printed and the engine goes on with torch.
+This module does not know what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCES = ("paged_attention.cpp",)
+HEADERS = ("vectors.h",)
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w")
+
+
+class Unavailable(Exception):
+    """Why there are no kernels here."""
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The kernels, or None where they cannot be built; the reason is printed once. SWIFTLITE_KERNELS=0 turns them off."""
+    if os.environ.get("SWIFTLITE_KERNELS") == "0":
+        print("kernels: off (SWIFTLITE_KERNELS=0), torch is used instead")
+        return None
+    try:
+        return ctypes.CDLL(str(build()))
+    except (Unavailable, OSError) as error:
+        print(f"kernels: not available ({error}); torch is used instead, which is slower")
+        return None
+
+
+def build(directory: Path | None = None) -> Path:
+    """Path of the compiled library, compiled now unless it is cached. Unavailable says why it cannot be."""
+    compiler = next(filter(None, (shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name)), None)
+    if compiler is None:
+        raise Unavailable("no C++ compiler: set CXX or install g++")
+    flags = [*FLAGS, "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"]
+    here = Path(__file__).parent
+    key = hashlib.sha256()
+    for name in (*SOURCES, *HEADERS):
+        key.update((here / name).read_bytes())
+    runtime = openmp_runtime()
+    key.update("\0".join([compiler, _version(compiler), *flags, runtime or "", cpu_name()]).encode())
+    folder = directory or cache_directory()
+    target = folder / f"kernels-{key.hexdigest()[:24]}.so"
+    if target.is_file():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        objects = []
+        for name in SOURCES:
+            objects.append(str(Path(work) / f"{name}.o"))
+            _run([compiler, *flags, "-c", str(here / name), "-o", objects[-1]])
+        # Two OpenMP runtimes in one process would fight over the cores, so the one that torch brought is linked by its path.
+        _run([compiler, "-shared", *objects, runtime or "-fopenmp", "-o", str(Path(work) / "kernels.so")])
+        os.replace(Path(work) / "kernels.so", target)
+    return target
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} failed: {error}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        raise Unavailable(f"{command[0]} failed: {lines[0].strip() if lines else f'exit code {done.returncode}'}")
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{compiler} does not run: {error}") from error
+
+
+def cpu_name() -> str:
+    """What tells this CPU's instruction set from another's: a cache directory may be shared between machines."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+    return platform.processor()
+
+
+def openmp_runtime() -> str | None:
+    """Path of the OpenMP library that torch has loaded into this process."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    paths = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if len(line.split(maxsplit=5)) == 6}
+    found = sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")))
+    return found[0] if found else None
+
+
+def cache_directory() -> Path:
+    """A directory that only this user can write to."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "swiftlite" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(f"{folder} cannot be made: {error}") from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise Unavailable(f"{folder} can be written by others")
+    return folder
