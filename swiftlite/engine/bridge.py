@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from swiftlite.engine.kv import AttentionLayer, KVCache
 from swiftlite.engine.native import load_library
 from swiftlite.engine.rope import freeze_rope
 from swiftlite.errors import ModelError
+
+if TYPE_CHECKING:
+    from swiftlite.engine.attention_cuda import DevicePages
 
 NAME = "swift_pages"
 PROBE_NAME = "swift_pages_probe"  # same function, but with a mask function, so that the probe sees the masks a model wants
@@ -83,6 +86,7 @@ class ForwardBatch:
     sequences: list[SequenceSlice]
     logits_index: Tensor  # [S] int64, the rows whose logits are wanted, in the order wanted
     adapters: list[tuple[Any, int]] = field(default_factory=list)  # consecutive runs of rows (adapter version or None, count)
+    pages: DevicePages | None = None  # `sequences` on the device, for the Triton kernels; None: attention in torch
 
 
 @dataclass
@@ -100,6 +104,9 @@ class _Pages:
             raise ModelError(f"{layer.name} changed its attention settings after the probe.", str(settings), FIX)
         if self.native is not None:
             return self.native.attend(layer, q, k, v)
+        if self.batch.pages is not None:
+            rows = (x.transpose(0, 1) for x in (q, k, v))
+            return self.batch.pages.attend(*rows, self.batch.slots, self.cache, layer)
         self.cache.store(layer.index, k.transpose(0, 1), v.transpose(0, 1), self.batch.slots)
         keys, values = self.cache.keys[layer.index], self.cache.values[layer.index]
         return paged_attention(q.transpose(0, 1), keys, values, self.batch.sequences, layer)
