@@ -37,7 +37,7 @@ def read_args(directory: str | Path) -> dict[str, Any]:
 def inherit(options: Options, directory: str | Path) -> list[str]:
     """Fill flags that the user left at their default from a checkpoint's settings; returns one line per value taken."""
     saved = read_args(directory)
-    names = MODEL_SETTINGS if options.values.get("load_args", True) else ()
+    names: tuple[str, ...] = MODEL_SETTINGS if options.values.get("load_args", True) else ()
     if options.values.get("load_dataset_config"):
         names += DATA_SETTINGS
     flags, lines = flags_of(options.command), []
