@@ -104,3 +104,25 @@ def test_config_is_valid_for_compressed_tensors(make_model, tmp_path) -> None:
     weights = config.config_groups["group_0"].weights
     assert config.format == "pack-quantized" and config.ignore == ["lm_head"]
     assert (weights.num_bits, weights.strategy, weights.symmetric) == (8, "channel", True)
+
+
+def test_experts_are_quantized_and_routers_are_not(tmp_path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from swiftlite.models.loading import load_model
+
+    config = Qwen3MoeConfig(
+        hidden_size=48, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, vocab_size=64, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    rtn.quantize(tmp_path / "base", tmp_path / "out", 8, log=lambda line: None)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.up_proj.weight_packed" in stored and "model.layers.1.mlp.gate.weight" in stored
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert sorted(ignored) == ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    exact = logits(model)
+    error = (logits(load_model(tmp_path / "out", torch.float32, torch.device("cpu"), "sdpa")) - exact).norm() / exact.norm()
+    assert 0 < error.item() < 0.05

@@ -108,15 +108,13 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _read_bytes(path: Path, limit: int | None = None) -> bytes:
+def _read_bytes(path: Path, limit: int = -1) -> bytes:
+    """The first `limit` bytes, or all."""
     try:
         with open(path, "rb") as file:
-            data = file.read() if limit is None else file.read(limit + 1)
+            return file.read(limit)
     except OSError as error:
         raise AdapterError(f"cannot read {path}", error.strerror or str(error), "check the adapter's path") from None
-    if limit is not None and len(data) > limit:
-        raise AdapterError(f"{path} is too large", f"an adapter's configuration has at most {limit} bytes", "copy the adapter again")
-    return data
 
 
 def _locate(path: Path) -> None:
@@ -195,11 +193,11 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], bytes]:
     from safetensors import SafetensorError
 
     file = path / WEIGHTS
-    data = _read_bytes(file)
-    header = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or header > min(MAX_HEADER_BYTES, len(data) - 8):
-        why = f"its header claims {header} bytes; the file has {len(data)} and {MAX_HEADER_BYTES} are allowed"
+    header, size = int.from_bytes(_read_bytes(file, 8), "little"), file.stat().st_size
+    if size < 8 or header > min(MAX_HEADER_BYTES, size - 8):
+        why = f"its header claims {header} bytes; the file has {size} and {MAX_HEADER_BYTES} are allowed"
         raise AdapterError(f"{file} is not a whole safetensors file", why, "copy the adapter again")
+    data = _read_bytes(file)
     try:
         return safetensors.torch.load(data), data
     except (SafetensorError, ValueError, KeyError) as error:

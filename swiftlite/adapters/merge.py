@@ -174,14 +174,12 @@ def check(base_dir: Path, adapter_dir: Path, merged_dir: Path, shards: Shards, l
         return
     from peft import PeftModel
 
-    vocab = max(
-        info.shape[0] for key, info in shards.tensors.items() if key.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight"))
-    )
+    base = _load(base_dir)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, vocab, (4, 16), generator=generator)
-    adapted = PeftModel.from_pretrained(_load(base_dir), adapter_dir)
+    prompts = torch.randint(0, base.config.get_text_config().vocab_size, (4, 16), generator=generator)
+    adapted = PeftModel.from_pretrained(base, adapter_dir)
     expected = _logits(adapted, prompts)
-    del adapted
+    del adapted, base
     got = _logits(_load(merged_dir), prompts)
     difference = (got - expected).abs().max().item()
     relative = ((got - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm()).item()

@@ -9,6 +9,7 @@ the packed weights.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from swiftlite.options.resolve import ARGS_FILES
 from swiftlite.quantize import packed
 
 VLLM_GROUPS = (32, 64, 128)
+EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
@@ -61,12 +63,17 @@ def linears(model_dir: str | Path, shards: Shards) -> tuple[list[str], list[str]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(model_dir))
     head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
     found: list[str] = []
     kept: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            stays = module is head or f"{name}.weight" not in shards.tensors
-            (kept if stays else found).append(name)
+    for name in shards.module_shapes():
+        module = modules.get(name)
+        if isinstance(module, torch.nn.Embedding):
+            continue
+        # Experts are one tensor a layer in the model and linears in the checkpoint; a router, neither linear nor expert, stays.
+        quantized = (isinstance(module, torch.nn.Linear) and module is not head) or (module is None and EXPERT.search(name))
+        (found if quantized else kept).append(name)
+    kept += [name for name, module in modules.items() if module is head and name not in kept]  # a tied head has no tensor
     if not found:
         raise ModelError(f"nothing to quantize in {model_dir}", "none of its weights is a plain linear layer", "use it as it is")
     return found, kept
@@ -94,7 +101,8 @@ def quantize(
         if group not in VLLM_GROUPS:
             log(f"note: vLLM reads group sizes {', '.join(map(str, VLLM_GROUPS))} only; transformers and swiftlite read {group}")
     how = "one scale a row" if group is None else f"one scale per {group} weights"
-    log(f"quantizing {len(names)} linears of {model_dir} to int{bits} by rounding to nearest ({how}); kept: {', '.join(kept) or 'none'}")
+    shown = ", ".join(kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+    log(f"quantizing {len(names)} linears of {model_dir} to int{bits} by rounding to nearest ({how}); kept: {shown or 'none'}")
     keys = {f"{name}.weight": name for name in names}
     loss: list[tuple[float, float]] = []
 
