@@ -137,6 +137,8 @@ def test_swift_layout_is_merged_too(run: Path, make_model, capsys) -> None:
         (["--model", "BASE", "--quant_bits", "4", "--quant_method", "rtn", "--group_size", "128"], 1, "--group_size 16"),
         (["--quant_bits", "8", "--quant_method", "rtn"], 2, "--quant_bits needs a model"),
         (["--ckpt_dir", "CKPT", "--merge_lora", "true", "--to_peft_format", "true", "--export_dir", "x"], 2, "names one result"),
+        (["--ckpt_dir", "CKPT", "--merge_lora", "true", "--export_dir", "CKPT", "--exist_ok", "true"], 1, "cannot be the result"),
+        (["--ckpt_dir", "CKPT", "--to_peft_format", "true", "--export_dir", "OUTPUT", "--exist_ok", "true"], 1, "cannot be the result"),
         (["--ckpt_dir", "CKPT", "--adapters", "EMPTY", "--merge_lora", "true"], 2, "takes one checkpoint"),
     ],
 )
@@ -145,7 +147,7 @@ def test_mistakes_say_what_to_do_and_write_nothing(run: Path, make_model, tmp_pa
     empty.mkdir()
     monkeypatch.chdir(empty)
     places = {
-        "CKPT": str(run), "EMPTY": str(empty), "BASE": str(make_model("qwen2")), "OTHER": str(make_model("qwen2", intermediate_size=96)),
+        "OUTPUT": str(tmp_path / "output"), "CKPT": str(run), "EMPTY": str(empty), "BASE": str(make_model("qwen2")), "OTHER": str(make_model("qwen2", intermediate_size=96)),
     }  # fmt: skip
     before = sorted(make_model("qwen2").parent.iterdir())
     assert main(["export", *(places.get(flag, flag) for flag in flags)]) == code

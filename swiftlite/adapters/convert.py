@@ -34,7 +34,7 @@ def to_peft(ckpt_dir: str | Path, out_dir: str | Path, *, exist_ok: bool = False
     raw = _config(source)
     tensors = _weights(source)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    with new_directory(out_dir, exist_ok=exist_ok, needs=size + (64 << 20)) as work:
+    with new_directory(out_dir, exist_ok=exist_ok, needs=size + (64 << 20), sources=(ckpt,)) as work:
         from safetensors.torch import save_file
 
         (work / CONFIG).write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -50,7 +50,7 @@ def merge(
     adapter = read(adapter_dir, _names(shards))
     plan = make_plan(adapter, shards, config)
     log(f"merging {len(adapter.modules)} modules (rank {adapter.max_rank}) of {adapter_dir} into {base_dir}")
-    with new_directory(out_dir, exist_ok=exist_ok, needs=shards.nbytes + (64 << 20)) as work:
+    with new_directory(out_dir, exist_ok=exist_ok, needs=shards.nbytes + (64 << 20), sources=(base_dir, adapter_dir)) as work:
         rewrite(shards, work, lambda key, tensor: apply(plan, key, tensor), log)
         if plan.untie:
             config["tie_word_embeddings"] = False

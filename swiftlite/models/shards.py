@@ -179,11 +179,11 @@ def copy_files(source: str | Path, out: Path, patterns: Iterable[str]) -> list[s
 
 
 @contextmanager
-def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0) -> Iterator[Path]:
+def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0, sources: Iterable[str | Path] = ()) -> Iterator[Path]:
     """A directory that appears as `out` only when the block ends well; `needs` bytes must be free on its disk.
 
-    Yields a hidden directory beside `out`. SwiftError when `out` exists (unless `exist_ok`, which replaces it), cannot be
-    made, or the disk is too full.
+    Yields a hidden directory beside `out`. SwiftError when `out` exists (unless `exist_ok`, which replaces it), is or holds
+    one of `sources`, cannot be made, or the disk is too full.
     """
     from safetensors import SafetensorError
 
@@ -192,6 +192,9 @@ def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0) -> Iterato
         raise SwiftError(
             f"{out} exists already", "a finished result is never overwritten by accident", "delete it, or pass --exist_ok true"
         )
+    for source in sources:
+        if Path(source).resolve().is_relative_to(out.resolve()):
+            raise SwiftError(f"{out} cannot be the result", f"{source} is read to make it", "pass another --export_dir")
     work = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

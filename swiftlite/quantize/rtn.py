@@ -114,7 +114,7 @@ def quantize(
         loss.append(((packed.dequantize(q, scale).float() - tensor.float()).square().sum().item(), tensor.float().square().sum().item()))
         yield from packed.tensors(keys[key], q, scale, bits)
 
-    with new_directory(out_dir, exist_ok=exist_ok, needs=shards.nbytes * bits // 16 + (64 << 20)) as work:
+    with new_directory(out_dir, exist_ok=exist_ok, needs=shards.nbytes * bits // 16 + (64 << 20), sources=(model_dir,)) as work:
         rewrite(shards, work, transform, log)
         _write_configs(Path(model_dir), work, {**config, "quantization_config": packed.config(bits, group, kept)})
         written = sum(path.stat().st_size for path in work.glob("*.safetensors"))
