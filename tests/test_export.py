@@ -146,11 +146,10 @@ def test_mistakes_say_what_to_do_and_write_nothing(run: Path, make_model, tmp_pa
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)
-    places = {
-        "OUTPUT": str(tmp_path / "output"), "CKPT": str(run), "EMPTY": str(empty), "BASE": str(make_model("qwen2")), "OTHER": str(make_model("qwen2", intermediate_size=96)),
-    }  # fmt: skip
+    other = make_model("qwen2", intermediate_size=96)
+    places = {"OUTPUT": tmp_path / "output", "CKPT": run, "EMPTY": empty, "BASE": make_model("qwen2"), "OTHER": other}
     before = sorted(make_model("qwen2").parent.iterdir())
-    assert main(["export", *(places.get(flag, flag) for flag in flags)]) == code
+    assert main(["export", *(str(places.get(flag, flag)) for flag in flags)]) == code
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert results(run) == ["checkpoint-7"] and list(empty.iterdir()) == []
