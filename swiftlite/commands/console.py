@@ -5,6 +5,7 @@ Ctrl-C stops the answer, Ctrl-D leaves. The conversation is plain messages; the 
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 
@@ -31,6 +32,9 @@ class Console:
 
     def run(self) -> None:
         """Read and answer until `exit`, `quit` or Ctrl-D."""
+        for stream in (sys.stdin, sys.stdout):  # a byte that is no character must not end the chat
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         if sys.stdin.isatty():
             import readline  # noqa: F401  line editing and history for input()
         print(self.help())

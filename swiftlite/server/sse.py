@@ -81,7 +81,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 def failed(output: RequestOutput) -> APIError | None:
     """The error that ended a request, if one did."""
     if output.error:
-        return APIError(output.error, 500)
+        return APIError(output.error.partition(":")[0], 500)  # what follows a colon is an exception's text: for the log only
     if output.finished and any(one.finish_reason in ("abort", "error") for one in output.outputs):
         return APIError("the request was aborted: the server is stopping", 503)
     return None
