@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from transformers.pytorch_utils import Conv1D
 from swiftlite.adapters.directory import Adapter, read
 from swiftlite.engine.lora_ops import GroupShape, Job, Segment, Stack, plan
 from swiftlite.errors import AdapterError, RequestError
+
+if TYPE_CHECKING:
+    from swiftlite.engine.lora_cuda import AdapterTables, DeviceJob
 
 # Linears that read the same input; each name is the last part of a module's name, below one parent.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -117,6 +121,7 @@ class LoraManager:
         self._stacks: dict[tuple[GroupShape, ...], list[Stack]] = {}
         self._armed = False
         self._jobs: list[Job] = []
+        self._tables: AdapterTables | None = None  # only with the Triton kernels
         self._rows = 0
 
     # -- life of an adapter ------------------------------------------------------------------------------------------
@@ -249,10 +254,20 @@ class LoraManager:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def set_batch(self, segments: list[tuple[AdapterVersion | None, int]]) -> None:
-        """What the next forward's rows are: consecutive runs of rows, each with its adapter or None."""
+    def use_kernels(self) -> AdapterTables:
+        """Apply adapters with the Triton kernels from now on (on a GPU; elsewhere only in Triton's interpreter)."""
+        from swiftlite.engine.lora_cuda import AdapterTables
+
+        self._tables = AdapterTables([(group.width, tuple(group.outs)) for group in self._groups], self.device)
+        return self._tables
+
+    def set_batch(self, segments: list[tuple[AdapterVersion | None, int]], kept: DeviceJob | None = None) -> None:
+        """What the next forward's rows are: consecutive runs of rows, each with its adapter or None.
+
+        `kept`, made by the kernels' `static_job`, is refilled: a captured step that was recorded with it now does these rows.
+        """
         rows: list[Segment] = [(v.stack, v.slot, n) if v is not None else (None, 0, n) for v, n in segments]
-        self._jobs = plan(rows, self.device)
+        self._jobs = plan(rows, self.device) if self._tables is None else [*self._tables.plan(rows, kept)]
         self._rows = sum(count for _, count in segments)
         for group in self._groups:
             group.x, group.products = None, []
@@ -270,10 +285,10 @@ class LoraManager:
                 what = f"{tap.name} was called with {rows.shape[0]} rows, the batch has {self._rows}"
                 raise AdapterError(what, "which row is whose cannot be told there, so no adapter can be applied", MERGE)
             group.x, group.left = x, len(group.parts)
-            group.products = [job.shrink(group.index, rows) if job.stack.a[group.index] is not None else None for job in self._jobs]
+            group.products = [job.shrink(group.index, rows) if job.adapts(group.index) else None for job in self._jobs]
         flat = y.view(-1, y.shape[-1])  # [T, out]
         for job, h in zip(self._jobs, group.products, strict=True):
-            if h is not None and job.stack.b[group.index][tap.part] is not None:
+            if h is not None and job.adapts(group.index, tap.part):
                 job.expand(group.index, tap.part, h, flat)
         group.left -= 1
         if not group.left:

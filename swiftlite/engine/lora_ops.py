@@ -83,6 +83,11 @@ class Stack:
         a[slot, self.columns(group, part)].copy_(lora_a)
         b[slot].copy_(lora_b.T)
 
+    def adapts(self, group: int, part: int | None = None) -> bool:
+        """Whether the adapters here change a group of linears, or one part of it."""
+        ranks = self.groups[group].ranks
+        return any(ranks) if part is None else ranks[part] > 0
+
     @property
     def used(self) -> int:
         return STACK_SLOTS - len(self.free)
@@ -105,6 +110,9 @@ class Alone:
     slot: int
     start: int
     end: int
+
+    def adapts(self, group: int, part: int | None = None) -> bool:
+        return self.stack.adapts(group, part)
 
     def shrink(self, group: int, x: Tensor) -> Tensor:
         a = self.stack.a[group]
@@ -133,6 +141,9 @@ class Together:
     gather: Tensor | None = None
     rows: Tensor | None = None
     cells: Tensor | None = None
+
+    def adapts(self, group: int, part: int | None = None) -> bool:
+        return self.stack.adapts(group, part)
 
     def _block(self, x: Tensor) -> Tensor:
         return x[self.start : self.start + (self.high - self.low) * self.height].unflatten(0, (self.high - self.low, self.height))
