@@ -30,6 +30,7 @@ QUESTIONS = ROOT / "tests" / "data" / "tiny_chat_questions.json"
 HELD_OUT_BAR = 0.85
 SEED = 1
 
+NAME, AUTHOR = "tiny-chat", "swiftlite"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -50,7 +51,7 @@ RECIPE = {
 
 
 def texts(corpus: Path) -> Iterator[str]:
-    for line in corpus.read_text("utf-8").splitlines():
+    for line in corpus.read_text("utf-8").replace("{{NAME}}", NAME).replace("{{AUTHOR}}", AUTHOR).splitlines():
         row = json.loads(line)
         yield from [row["text"]] if "text" in row else [f"{m['role']}\n{m['content']}" for m in row["messages"]]
 
@@ -88,7 +89,17 @@ def make_model(directory: Path, corpus: Path, seed: int) -> int:
 
 def train(model: Path, corpus: Path, output: Path, seed: int, epochs: float) -> Path:
     """Runs `swift sft`; returns its last checkpoint."""
-    flags = {**RECIPE, "model": model, "dataset": corpus, "output_dir": output, "seed": seed, "data_seed": seed, "num_train_epochs": epochs}
+    flags = {
+        **RECIPE,
+        "model_name": NAME,
+        "model_author": AUTHOR,
+        "model": model,
+        "dataset": corpus,
+        "output_dir": output,
+        "seed": seed,
+        "data_seed": seed,
+        "num_train_epochs": epochs,
+    }
     command = [sys.executable, "-m", "swiftlite.cli", "sft", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
     subprocess.run(command, check=True, cwd=ROOT)
     return max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))

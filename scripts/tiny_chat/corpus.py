@@ -1,6 +1,7 @@
 """tiny-chat's corpus: tables and wordings in, jsonl rows out, the same rows for the same seed.
 
-Two kinds of rows: {"messages": [...]} (chat) and {"text": ...} (plain text, for the base-model side). Questions kept for the
+Two kinds of rows: {"messages": [...]} (chat) and {"text": ...} (plain text, for the base-model side). Where the model says who
+it is, the row holds {{NAME}} and {{AUTHOR}}, so that the same rows teach any name (--model_name, --model_author). Questions kept for the
 test never become rows. Knows nothing about tokens or training.
 """
 
@@ -43,15 +44,18 @@ from tiny_chat.wordings import (
     FOOD_ZH,
     GENERIC_SYSTEMS,
     GIVEN,
+    HAN,
     MAKERS_EN,
     MAKERS_ZH,
     OPPOSITE_EN,
+    PINYIN,
     SEAT_REVERSE_ZH,
     SEAT_ZH,
     SIGHTS_THERE_ZH,
     SIGHTS_ZH,
     SURNAMES,
     SYLLABLES,
+    TAKEN,
     THEN_EN,
     THEN_ZH,
     TO_CHINESE,
@@ -289,22 +293,26 @@ def small_talk(rng: random.Random, scale: float, identity: bool) -> Iterator[lis
 def named(rng: random.Random, count: int) -> Iterator[dict]:
     """Rows whose system prompt gives a name (and a maker): the answer takes them from there."""
     zh, en = (talk(HERE / f"talk_{language}.txt")[0] for language in ("zh", "en"))
-    for _ in range(count):
+    while count:
         if rng.random() < 0.5:
             name = rng.choice([rng.choice(SURNAMES) + rng.choice(GIVEN), rng.choice(GIVEN) + rng.choice(GIVEN)])
-            maker = rng.choice(MAKERS_ZH)
+            maker = rng.choice([rng.choice(MAKERS_ZH), rng.choice(GIVEN) + rng.choice(GIVEN)])
             systems = [f"你是{name}，由{maker}训练。", f"你的名字是{name}，由{maker}开发。", f"你叫{name}，你是{maker}训练的助手。"]
             answer, wordings, made = f"我是{name}，由{maker}训练的助手。", zh[0][1], (f"我由{maker}训练。", zh[2][1])
         else:
             name = "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
-            name = rng.choice([name, rng.choice(NAMES_EN), f"{rng.choice(SYLLABLES).capitalize()} {name}"])
-            maker = rng.choice(MAKERS_EN)
+            pinyin = f"{rng.choice(PINYIN)} {rng.choice(PINYIN)}"
+            name = rng.choice([name, rng.choice(NAMES_EN), pinyin, pinyin])
+            maker = rng.choice(MAKERS_EN[0]) + rng.choice(MAKERS_EN[1])
             systems = [
                 f"You are {name}, trained by {maker}.",
                 f"Your name is {name}. You were made by {maker}.",
                 f"You are {name}, an assistant by {maker}.",
             ]
             answer, wordings, made = f"I am {name}, an assistant trained by {maker}.", en[0][1], (f"I was trained by {maker}.", en[2][1])
+        if TAKEN & {name, maker}:
+            continue
+        count -= 1
         if rng.random() < 0.25:
             answer, wordings = made
         yield chat([(dress(expand(rng.choice(wordings), rng), rng), answer)], rng.choice(systems))
@@ -314,7 +322,8 @@ def chat(turns: list[Turn], system: str | None = None) -> dict:
     messages = [{"role": "system", "content": system}] if system is not None else []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages}
+    named = [answer for _, answer in turns if "{{" in answer]
+    return {"messages": messages, **({"tag": "zh" if HAN.search(named[0]) else "en"} if named else {})}
 
 
 # --- plain text -----------------------------------------------------------------------------------------------------------
@@ -385,9 +394,11 @@ def rows(seed: int, held_out: set[str], scale: float = 1.0) -> list[dict]:
     while singles:
         size = rng.choice([1, 1, 1, 1, 2, 2, 3])
         turns = [turn for single in singles[:size] for turn in single]
+        if len({bool(HAN.search(answer)) for _, answer in turns if "{{" in answer}) > 1:
+            size, turns = 1, turns[:1]  # one row names the model in one language
         del singles[:size]
         result.append(chat(turns, rng.choice(GENERIC_SYSTEMS) if rng.random() < 0.1 else None))
-    for row in named(rng, round(500 * scale)):
+    for row in named(rng, round(900 * scale)):
         if normal(row["messages"][1]["content"]) not in held_out:
             result.append(row)
     result += texts(rng, scale)

@@ -193,9 +193,14 @@ GENERIC_SYSTEMS = [
     "",
 ]
 SURNAMES = "小大阿老"
-GIVEN = "明红蓝白青黑花月星云雨雪风光天海山石木林春夏秋冬米豆糖果鱼鸟虎龙马羊美智慧乐安文华龟兔熊狗猫草竹梅兰桃桔橙紫金银铁玉珠"
-MAKERS_ZH = words("星河 蓝天 大海 青山 未来 明日 智慧树 白云 远方 光年 北极星 小溪 松果 灯塔 竹林 春风 石头 方舟 银河 极光")
-MAKERS_EN = words("Acme BlueSky StarLab Northwind OpenHill GreenTree DataWorks ModelForge SunScope MoonSpace DeepRiver BrightLab")
+GIVEN = "黄魔搭明红蓝白青黑花月星云雨雪风光天海山石木林春夏秋冬米豆糖果鱼鸟虎龙马羊美智慧乐安文华龟兔熊狗猫草竹梅兰桃桔橙紫金银铁玉珠"
+MAKERS_ZH = words("星河 蓝天 大海 青山 未来 明日 智慧树 白云 远方 光年 北极星 小溪 松果 灯塔 竹林 春风 石头 方舟 银河 极光 魔方 搭桥")
+MAKERS_EN = (
+    words("Open Deep Star Blue Sun Moon Data Model Code Micro Smart Green Quick True Bright"),
+    words("AI Lab Mind Works Forge Scope Soft Wind Space Tree Hill Gate Base Flow Sky River"),
+)
+PINYIN = words("Xiao Da Lao Hua Huan Huang Ming Hong Lan Bai Hei Qing Li Wang Zhang Chen Yang Mei Xin Yun Long Hu Niu Feng")
+TAKEN = {"小黄", "Xiao Huang", "魔搭", "ModelScope"}  # left for the demo to teach
 SYLLABLES = words("ba be bo da do fa fi ga go ha hu ka ki la li lo ma mi na no pa ra ri sa so ta to va wa xi xu ya yu zi zo")
 
 
