@@ -222,3 +222,37 @@ def test_with_an_api_key_the_page_asks_for_it(service):
         assert client.get("/config").status_code == 401
         assert client.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
         assert client.post("/login", data={"username": "me", "password": "secret"}).status_code == 200
+
+
+def test_the_command_serves_page_and_api_and_ends_with_a_page_open(browser, make_model):
+    import os
+    import signal
+    import socket
+    import subprocess
+    import sys
+    import urllib.request
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "swiftlite.cli", "app-ui", "--model", str(make_model("llama")), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--torch_dtype", "float32"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        seen = ""
+        while "API" not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        assert f"http://127.0.0.1:{port}" in seen
+        page = Page(browser, f"http://127.0.0.1:{port}")
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models").status == 200
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=20)
+        assert process.returncode == 0 and "Traceback" not in output, output
+        page.page.close()
+    finally:
+        process.kill()

@@ -492,6 +492,18 @@ def test_odd_but_harmless_bodies_are_answered(port):
     assert post(port, TEXT, many)[0] == 200
 
 
+def test_pipelined_requests_are_answered_in_turn(port):
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    request = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+    raw = socket.create_connection(("127.0.0.1", port), timeout=10)
+    raw.sendall((request + b"\r\n" + body) * 2 + request + b"connection: close\r\n\r\n" + body)
+    received = b""
+    while piece := raw.recv(65536):
+        received += piece
+    raw.close()
+    assert received.count(b"HTTP/1.1 200 OK") == 3 and received.count(b'"text_completion"') == 3
+
+
 def test_too_large_a_body_is_cut_off(port):
     raw = socket.create_connection(("127.0.0.1", port))
     raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99999999999\r\n\r\n{")
@@ -551,6 +563,17 @@ def test_a_failing_step_is_a_500_without_inner_details(client, service, monkeypa
             text += chunk.choices[0].text
     assert client.completions.create(**ask).choices[0].text.startswith(text)
     assert settled(service.engine)
+
+
+def test_a_bug_is_a_500_with_its_request_id(port, service, monkeypatch, caplog):
+    monkeypatch.setattr(service, "served", lambda name: 1 / 0)
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", TEXT, b'{"prompt": "a"}', {"Content-Type": "application/json", "X-Request-Id": "find-me"})
+    answer = connection.getresponse()
+    body = json.loads(answer.read())
+    assert answer.status == 500 and answer.headers["x-request-id"] == "find-me"
+    assert "find-me" in body["error"]["message"] and "division" not in body["error"]["message"]
+    assert "find-me" in caplog.text and "division by zero" in caplog.text
 
 
 def test_a_full_queue_is_a_503(model_dir):

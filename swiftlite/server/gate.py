@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swiftlite.server.errors import APIError, answer
+from swiftlite.server.errors import APIError, answer, internal
 
 MAX_BODY = 16 * 2**20  # bytes: a million token ids as JSON need 7 MB
 BODY_PAUSE = 30.0  # seconds between two pieces of a body
@@ -40,8 +40,12 @@ class Gate:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
 
+        started = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
             await send(message)
 
@@ -49,7 +53,12 @@ class Gate:
             error = APIError("wrong or missing API key: send it as `Authorization: Bearer <key>`", 401)
             await answer(error)(scope, receive, send_with_id)
             return
-        await self.app(scope, receive, send_with_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            if started:
+                raise
+            await answer(internal(error, request_id))(scope, receive, send_with_id)
 
     def _allowed(self, authorization: str) -> bool:
         scheme, _, token = authorization.partition(" ")

@@ -133,7 +133,7 @@ def build(service: Service) -> gr.Blocks:
                     buttons=["copy"],
                     allow_tags=False,
                     layout="bubble",
-                    placeholder=word("placeholder"),
+                    placeholder=word("placeholder"),  # type: ignore[arg-type]  # gradio translates it, its annotation lags
                     examples=[{"text": example} for example in EXAMPLES],
                 )
                 with gr.Row(elem_id="ask", equal_height=True):
