@@ -320,14 +320,3 @@ def test_nothing_that_learns_is_an_error(model, tmp_path):
     )  # fmt: skip
     with pytest.raises(TrainError, match=r"unused\.weight"):
         trainer.run()
-
-
-def test_schedule():
-    from swiftlite.train.plan import Schedule
-
-    cosine = Schedule(1.0, "cosine", 3, 13)
-    assert [cosine(i) for i in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert cosine(8) == pytest.approx(0.5)
-    assert 0 < cosine(12) < 0.05
-    assert Schedule(1.0, "linear", 0, 10)(5) == pytest.approx(0.5)
-    assert Schedule(2.0, "constant", 0, 10)(9) == 2.0

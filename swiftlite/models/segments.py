@@ -79,7 +79,7 @@ def _segment(
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
     distance = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)[None, :]
     seen = distance >= 0  # [T, T], query by key
-    if windowed:
+    if window is not None:
         seen &= distance < window
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=grouped)

@@ -17,13 +17,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftlite.errors import AdapterError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
 # Fields of PEFT's LoraConfig that change the arithmetic in ways we do not train.
@@ -127,7 +130,7 @@ class LoraSpec:
 class Lora:
     """The adapter on one model: its wrapped modules by the stock model's names."""
 
-    def __init__(self, model: nn.Module, spec: LoraSpec) -> None:
+    def __init__(self, model: PreTrainedModel, spec: LoraSpec) -> None:
         """Freezes `model` and wraps its modules. UsageError when a target names nothing."""
         if spec.rank < 1:
             raise UsageError(f"--lora_rank must be at least 1, got {spec.rank}")
@@ -216,7 +219,7 @@ class Lora:
         return sorted(short) if reached == set(self.linears) else sorted(self.linears)
 
 
-def select(model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
+def select(model: PreTrainedModel, targets: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
     """Linears that get an adapter: `all-linear` (all but the output head), names or suffixes, or one regular expression
     that must match a module's whole name. UsageError when a name or the expression finds no linear."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not any(_within(name, e) for e in exclude)}

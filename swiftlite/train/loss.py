@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from swiftlite.train.batches import Batch
 from swiftlite.train.lora import TrainedCopy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_BYTES = 128 << 20  # of float32 logits
 
@@ -103,7 +106,7 @@ def chunked_nll(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Ten
 class TargetLoss:
     """A model's loss on a Batch. `autocast`: the dtype of matrix products where the parameters are float32 masters."""
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None) -> None:
         self.model, self.autocast = model, autocast
         self.device = next(model.parameters()).device
         self.head = self._plain_head()
@@ -129,10 +132,11 @@ class TargetLoss:
     @torch.no_grad()
     def _plain_head(self) -> Head | None:
         """The head, when four tokens show that it is what we think it is; None: use the model's own forward."""
-        module = self.model.get_output_embeddings()
+        module: nn.Module = self.model.get_output_embeddings()
         dtype = self.autocast
         if isinstance(module, TrainedCopy):
-            module, dtype = module.whole, module.dtype
+            dtype = module.dtype
+            module = module.whole
         if not isinstance(module, nn.Linear) or module.bias is not None:
             return None
         config = self.model.config.to_dict()
