@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("paged_attention.cpp",)
+SOURCES = ("paged_attention.cpp", "fused.cpp")
 HEADERS = ("vectors.h",)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 

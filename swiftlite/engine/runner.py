@@ -6,6 +6,9 @@ This module does not know why something was scheduled and does not sample.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.bridge import NAME, Bridge, ForwardBatch
 from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.fused import fuse
 from swiftlite.engine.kv import KVCache, available_memory
 from swiftlite.engine.lora import LoraManager
 from swiftlite.errors import ModelError
@@ -22,6 +26,8 @@ from swiftlite.models.loading import load_model
 from swiftlite.models.packed import can_pack, pack_linears
 
 if TYPE_CHECKING:
+    from swiftlite.engine.attention_cuda import DevicePages
+    from swiftlite.engine.graphs import DecodeGraphs
     from swiftlite.engine.scheduler import Scheduled
 
 CPU_SHARE = 0.25  # of the memory that is free after loading
@@ -33,17 +39,53 @@ class Runner:
     def __init__(
         self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device, *, plain: bool = False
     ) -> None:
-        """`plain` keeps the stock linears and torch's attention: the reference of every faster path."""
+        """`plain` keeps the stock modules and torch's attention: the reference of every faster path."""
         self.config, self.dtype, self.device = config, dtype, device
         self.model = load_model(model_dir, dtype, device, NAME)
         self.bridge = Bridge(self.model, device, config.max_model_len, kernels=not plain)
         if not plain and can_pack(dtype, device):
             pack_linears(self.model, self.bridge.shared_inputs)
+        if self.bridge.library is not None:
+            fuse(self.model, self.bridge.library)
         self.max_model_len = self.bridge.max_model_len
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
         self.num_blocks = self._size_cache()
         self.cache = KVCache(self.bridge.layers, self.num_blocks, config.block_size, dtype, device)
         self.lora = LoraManager(self.model, config.max_lora_rank)
+        self._pages: Callable[..., DevicePages] | None = None
+        self._decode: DecodeGraphs | None = None
+        if device.type == "cuda" and not plain:
+            if find_spec("triton") is None:  # it comes with torch's CUDA builds for Linux
+                print("attention: plain torch (Triton is not installed, so there are no kernels: pip install triton)")
+            else:
+                self.use_kernels(capture=not config.enforce_eager)
+                self._warm_up()
+
+    def use_kernels(self, capture: bool) -> None:
+        """Run attention and adapters in Triton's kernels, decode steps in buffers of fixed shape, captured if `capture`.
+
+        For a GPU; on a CPU this works in Triton's interpreter only. Nothing of Triton or CUDA is imported before this call.
+        """
+        from swiftlite.engine.attention_cuda import pages
+        from swiftlite.engine.graphs import DecodeGraphs
+
+        self._pages = pages
+        self._decode = DecodeGraphs(
+            self.bridge, self.cache, self.lora, self.config.max_num_seqs, self.max_model_len, self.vocab_size, capture=capture
+        )
+
+    def _warm_up(self) -> None:
+        """Compile the kernels of prefill and capture the graphs of decode before the first request; nothing is stored."""
+        assert self._pages is not None and self._decode is not None
+        rows = min(64, self.max_model_len)
+        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        slices = [SequenceSlice(0, rows, 0, [0] * -(-rows // self.config.block_size))]
+        pages = self._pages(slices, rows, self.device)
+        self.bridge.forward(ForwardBatch(zeros, zeros, zeros - 1, slices, zeros[:1], pages=pages), self.cache)
+        started = time.monotonic()
+        self._decode.capture_all()
+        if self._decode.capture:
+            print(f"CUDA graphs: {len(self._decode.sizes)} decode sizes captured in {time.monotonic() - started:.1f} s")
 
     def _size_cache(self) -> int:
         """Blocks of the cache: as told, else what all sequences could use at most, within a share of the free memory."""
@@ -92,11 +134,14 @@ class Runner:
                 wanted[index] = range(len(ids) - item.rows, len(ids))
             adapters.append((scheduled[members[0]].seq.adapter, len(ids) - first_row))
         rows = [row for index in range(len(scheduled)) for row in wanted[index]]
+        pages = None if self._pages is None else self._pages(slices, len(ids), self.device)
         return ForwardBatch(*(torch.tensor(values, dtype=torch.int64, device=self.device) for values in (ids, positions, slots)),
-                            slices, torch.tensor(rows, dtype=torch.int64, device=self.device), adapters)  # fmt: skip
+                            slices, torch.tensor(rows, dtype=torch.int64, device=self.device), adapters, pages)  # fmt: skip
 
     def execute(self, scheduled: list[Scheduled]) -> Tensor:
         """Run one step. Returns logits [S, V]: for each item, in order, those of its last `rows` tokens."""
+        if self._decode is not None and self._decode.takes(scheduled):
+            return self._decode.run(scheduled)
         batch = self.build_batch(scheduled)
         self.lora.set_batch(batch.adapters)
         return self.bridge.forward(batch, self.cache)

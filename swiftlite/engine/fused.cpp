@@ -1,0 +1,212 @@
+// Small steps of a decoder layer in one pass each, and the product with a plain (shared, unpacked) weight for few rows.
+// Each repeats the rounding of the eager torch code that it replaces; fused.py checks that at load.
+#include <cmath>
+
+#include "vectors.h"
+
+namespace {
+
+enum NormKind { ROUND_THEN_WEIGHT = 0, WEIGHT_IN_FLOAT = 1, ONE_PLUS_WEIGHT = 2 };
+
+INLINE v16f rounded(v16f x, const float*) { return x; }
+INLINE v16f rounded(v16f x, const bf16*) {
+    bf16 h[16];
+    store(h, x);
+    return load(h);
+}
+INLINE float rounded1(float x, const float*) { return x; }
+INLINE float rounded1(float x, const bf16*) {
+    bf16 h;
+    put(&h, x);
+    return to_float(h);
+}
+
+// out[rows][dim] = x / rms(x) * w; x rows are (row / inner) * outer_stride + (row % inner) * inner_stride apart.
+template <class T>
+void rms_norm(T* out, const T* x, const T* w, int64_t rows, int64_t inner, int64_t outer_stride, int64_t inner_stride, int dim, float eps,
+              int kind, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > 32768)
+    for (int64_t row = 0; row < rows; row++) {
+        const T* from = x + row / inner * outer_stride + row % inner * inner_stride;
+        T* to = out + row * dim;
+        v16f squares = {}, more = {};
+        int d = 0;
+        for (; d + 32 <= dim; d += 32) {
+            v16f a = load(from + d), b = load(from + d + 16);
+            squares += a * a, more += b * b;
+        }
+        float total = sum(squares + more);
+        for (; d < dim; d++) total += to_float(from[d]) * to_float(from[d]);
+        const float factor = 1.0f / std::sqrt(total / dim + eps);
+        d = 0;
+        for (; d + 16 <= dim; d += 16) {
+            v16f y = load(from + d) * factor, weight = load(w + d);
+            if (kind == ROUND_THEN_WEIGHT) y = rounded(y, to);
+            store(to + d, y * (kind == ONE_PLUS_WEIGHT ? weight + 1.0f : weight));
+        }
+        for (; d < dim; d++) {
+            float y = to_float(from[d]) * factor, weight = to_float(w[d]);
+            if (kind == ROUND_THEN_WEIGHT) y = rounded1(y, to);
+            put(to + d, y * (kind == ONE_PLUS_WEIGHT ? weight + 1.0f : weight));
+        }
+    }
+}
+
+// out[rows][dim] = silu(gate) * up, silu rounded first
+template <class T>
+void silu_mul(T* out, const T* gate, const T* up, int64_t rows, int64_t gate_stride, int64_t up_stride, int dim, int threads) {
+    const int64_t pieces = (dim + 1023) / 1024;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > 16384)
+    for (int64_t i = 0; i < rows * pieces; i++) {
+        const int64_t row = i / pieces;
+        int d = i % pieces * 1024;
+        const int end = d + 1024 < dim ? d + 1024 : dim;
+        const T *g = gate + row * gate_stride, *u = up + row * up_stride;
+        T* to = out + row * dim;
+        for (; d + 16 <= end; d += 16) {
+            v16f x = load(g + d);
+            store(to + d, rounded(x / (1.0f + exp16(-x)), to) * load(u + d));
+        }
+        for (; d < end; d++) {
+            float x = to_float(g[d]);
+            put(to + d, rounded1(x / (1.0f + std::exp(-x)), to) * to_float(u[d]));
+        }
+    }
+}
+
+// out[T][heads][dim] = x * cos + rotate_half(x) * sin, each product rounded; x by strides, cos and sin [T][dim].
+template <class T>
+void rope(T* out, const T* x, const T* cos, const T* sin, int64_t tokens, int heads, int dim, int64_t token_stride, int64_t head_stride,
+          int threads) {
+    const int half = dim / 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * dim > 32768)
+    for (int64_t i = 0; i < tokens * heads; i++) {
+        const int64_t token = i / heads;
+        const T *from = x + token * token_stride + i % heads * head_stride, *c = cos + token * dim, *s = sin + token * dim;
+        T* to = out + i * dim;
+        int d = 0;
+        for (; d + 16 <= half; d += 16) {
+            v16f a = load(from + d), b = load(from + half + d);
+            store(to + d, rounded(a * load(c + d), to) - rounded(b * load(s + d), to));
+            store(to + half + d, rounded(b * load(c + half + d), to) + rounded(a * load(s + half + d), to));
+        }
+        for (; d < half; d++) {
+            float a = to_float(from[d]), b = to_float(from[half + d]);
+            put(to + d, rounded1(a * to_float(c[d]), to) - rounded1(b * to_float(s[d]), to));
+            put(to + half + d, rounded1(b * to_float(c[half + d]), to) + rounded1(a * to_float(s[half + d]), to));
+        }
+    }
+}
+
+// ---- out[rows][n] = x[rows][k] w[n][k]^T for few rows, w as it is --------------------------------------------------
+
+template <class T>
+struct Step;
+template <>
+struct Step<float> {
+    static constexpr int WIDTH = 16;
+    INLINE v16f multiply(v16f acc, const float* x, const float* w) { return acc + load(x) * load(w); }
+};
+#ifdef __AVX512BF16__
+template <>
+struct Step<bf16> {
+    static constexpr int WIDTH = 32;
+    INLINE v16f multiply(v16f acc, const bf16* x, const bf16* w) {
+        return (v16f)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
+    }
+};
+#else
+template <>
+struct Step<bf16> {
+    static constexpr int WIDTH = 16;
+    INLINE v16f multiply(v16f acc, const bf16* x, const bf16* w) { return acc + load(x) * load(w); }
+};
+#endif
+
+// Sums of 16 vectors; in lanes, by a tree of pairwise adds.
+INLINE v16f sums(const v16f* v) {
+    v16f a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) {
+        v16f x = v[i], y = v[i + 8];  // lanes of x in the lower half of each pair
+        a[i] = __builtin_shuffle(x, y, v16i{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}) +
+               __builtin_shuffle(x, y, v16i{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+    }
+    for (int i = 0; i < 4; i++) {
+        v16f x = a[i], y = a[i + 4];
+        b[i] = __builtin_shuffle(x, y, v16i{0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23}) +
+               __builtin_shuffle(x, y, v16i{8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31});
+    }
+    for (int i = 0; i < 2; i++) {
+        v16f x = b[i], y = b[i + 2];
+        c[i] = __builtin_shuffle(x, y, v16i{0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}) +
+               __builtin_shuffle(x, y, v16i{8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31});
+    }
+    v16f d = __builtin_shuffle(c[0], c[1], v16i{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+             __builtin_shuffle(c[0], c[1], v16i{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+    // d holds, lane by lane, v[bit-reversed order]; put it right
+    return __builtin_shuffle(d, v16i{0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15});
+}
+
+// XR rows of x against WR rows of w, XR * WR <= 16
+template <class T, int XR, int WR>
+INLINE void block(T* out, int64_t out_stride, const T* x, const T* w, int k, const T* next = nullptr) {
+    v16f acc[16] = {};
+    for (int i = 0; i < k; i += Step<T>::WIDTH) {
+        if (next)
+            for (int c = 0; c < WR; c++) __builtin_prefetch(next + (int64_t)c * k + i, 0, 2);
+        for (int r = 0; r < XR; r++)
+            for (int c = 0; c < WR; c++) acc[r * WR + c] = Step<T>::multiply(acc[r * WR + c], x + (int64_t)r * k + i, w + (int64_t)c * k + i);
+    }
+    T all[16];
+    store(all, sums(acc));
+    for (int r = 0; r < XR; r++) memcpy(out + r * out_stride, all + r * WR, WR * sizeof(T));
+}
+
+template <class T>
+void few_rows(T* out, const T* x, const T* w, int rows, int64_t n, int k, int threads) {
+    const int64_t pieces = n / 4;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        const T* from = w + piece * 4 * k;
+        T* to = out + piece * 4;
+        int r = 0;
+        // Later row blocks read this piece from the cache, so memory would idle: the first one fetches what comes soon.
+        const T* next = w + (piece + 4 < pieces ? piece + 4 : piece) * 4 * k;
+        for (; r + 4 <= rows; r += 4) block<T, 4, 4>(to + r * n, n, x + (int64_t)r * k, from, k, r ? nullptr : next);
+        for (; r + 2 <= rows; r += 2) block<T, 2, 4>(to + r * n, n, x + (int64_t)r * k, from, k, r ? nullptr : next);
+        for (; r < rows; r++) block<T, 1, 4>(to + r * n, n, x + (int64_t)r * k, from, k, r ? nullptr : next);
+    }
+    for (int64_t c = pieces * 4; c < n; c++)
+        for (int r = 0; r < rows; r++) block<T, 1, 1>(out + r * n + c, n, x + (int64_t)r * k, w + c * k, k);
+}
+
+}  // namespace
+
+extern "C" {
+#define BOTH(call_bf16, call_float) \
+    if (is_bf16)                    \
+        call_bf16;                  \
+    else                            \
+        call_float;
+
+void swift_rms_norm(int is_bf16, void* out, const void* x, const void* w, int64_t rows, int64_t inner, int64_t outer_stride,
+                    int64_t inner_stride, int dim, float eps, int kind, int threads) {
+    BOTH(rms_norm((bf16*)out, (const bf16*)x, (const bf16*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads),
+         rms_norm((float*)out, (const float*)x, (const float*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads))
+}
+void swift_silu_mul(int is_bf16, void* out, const void* gate, const void* up, int64_t rows, int64_t gate_stride, int64_t up_stride, int dim,
+                    int threads) {
+    BOTH(silu_mul((bf16*)out, (const bf16*)gate, (const bf16*)up, rows, gate_stride, up_stride, dim, threads),
+         silu_mul((float*)out, (const float*)gate, (const float*)up, rows, gate_stride, up_stride, dim, threads))
+}
+void swift_rope(int is_bf16, void* out, const void* x, const void* cos, const void* sin, int64_t tokens, int heads, int dim,
+                int64_t token_stride, int64_t head_stride, int threads) {
+    BOTH(rope((bf16*)out, (const bf16*)x, (const bf16*)cos, (const bf16*)sin, tokens, heads, dim, token_stride, head_stride, threads),
+         rope((float*)out, (const float*)x, (const float*)cos, (const float*)sin, tokens, heads, dim, token_stride, head_stride, threads))
+}
+// k must be a multiple of 32
+void swift_few_rows(int is_bf16, void* out, const void* x, const void* w, int rows, int64_t n, int k, int threads) {
+    BOTH(few_rows((bf16*)out, (const bf16*)x, (const bf16*)w, rows, n, k, threads),
+         few_rows((float*)out, (const float*)x, (const float*)w, rows, n, k, threads))
+}
+}

@@ -1,0 +1,140 @@
+"""Each fused step equals the stock module's; what differs is left alone; fused models equal plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES
+from test_attention_native import needs_compiler
+from test_runner import CPU, Item, Seq, make_runner, prompts_for
+from torch import nn
+from torch.nn import functional as F
+
+from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.fused import Kernels, _fuse_gate, _fuse_norm, _Rope, fuse
+from swiftlite.engine.native import load_library
+from swiftlite.engine.runner import Runner
+
+pytestmark = needs_compiler
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def kernels() -> Kernels:
+    library = load_library()
+    assert library is not None
+    return Kernels(library)
+
+
+def close(dtype: torch.dtype) -> dict:
+    return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "k", "v"), [(1, 64, 50), (2, 32, 8), (3, 96, 9), (5, 1024, 33), (16, 64, 400)])
+def test_few_rows(rows: int, k: int, v: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, rows, k).to(dtype), torch.randn(v, k).to(dtype)
+    wanted = (x.double() @ weight.double().T).float()
+    scale = k**0.5
+    torch.testing.assert_close(kernels().few_rows(x, weight).float() / scale, wanted / scale, **close(dtype))
+
+
+class Norm(nn.Module):
+    """The three ways models round an RMSNorm, and one that no kernel has."""
+
+    def __init__(self, dim: int, kind: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.kind, self.eps = nn.Parameter(torch.randn(dim)), kind, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.kind == 0:
+            return self.weight * y.to(x.dtype)
+        if self.kind == 1:
+            return (self.weight.float() * y).to(x.dtype)
+        return (y * ((1.0 if self.kind == 2 else 1.1) + self.weight.float())).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [7, 48, 128])
+@pytest.mark.parametrize("kind", [0, 1, 2, 3])
+def test_norms(kind: int, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(kind)
+    for eps in (1e-5, 1e-6):
+        module = Norm(dim, kind, eps).to(dtype).eval()
+        stock = module.forward
+        with torch.inference_mode():
+            assert _fuse_norm(module, kernels()) == (kind < 3)
+            wide = torch.randn(1, 6, 3 * dim + 5).to(dtype)
+            for x in (wide[..., :dim], wide[..., dim : 3 * dim].view(1, 6, 2, dim), torch.randn(2, 4, dim).to(dtype)):
+                torch.testing.assert_close(module(x), stock(x), **close(dtype))
+                torch.testing.assert_close(module(x * 1e-3), stock(x * 1e-3), **close(dtype))
+
+
+class Gate(nn.Module):
+    def __init__(self, activation: nn.Module, factor: float = 1.0) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(24, 40), nn.Linear(24, 40), nn.Linear(40, 24)
+        self.act_fn, self.factor = activation, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for module, taken in ((Gate(nn.SiLU()), True), (Gate(nn.GELU()), False), (Gate(nn.SiLU(), 1.5), False)):
+            module = module.to(dtype).eval()
+            stock, x = module.forward, torch.randn(1, 9, 24).to(dtype)
+            assert _fuse_gate(module, kernels(), dtype) == taken
+            torch.testing.assert_close(module(x), stock(x), **close(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    stock = apply_rotary_pos_emb.stock if isinstance(apply_rotary_pos_emb, _Rope) else apply_rotary_pos_emb
+    torch.manual_seed(0)
+    for dim in (8, 64, 128):
+        x = torch.randn(1, 5, 3 * dim + 4).to(dtype)[..., : 3 * dim].view(1, 5, 3, dim).transpose(1, 2)
+        angles = torch.randn(1, 5, dim)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        torch.testing.assert_close(kernels().rope(x, cos, sin), stock(x, x, cos, sin)[0], **close(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_model_equals_the_plain_one(family: str, dtype: torch.dtype, make_model) -> None:
+    path = make_model(family)
+    fast, plain = (Runner(path, EngineConfig(num_blocks=160, block_size=4), dtype, CPU, plain=flag) for flag in (False, True))
+    first, second = prompts_for(fast.vocab_size, [20, 9])
+    items = [Item(Seq(first, list(range(5))), 0, 20), Item(Seq(second, list(range(5, 8))), 0, 9)]
+    ours, theirs = fast.execute(items), plain.execute(items)
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+    else:
+        assert F.cosine_similarity(ours.float(), theirs.float()).min() > 0.99
+
+
+def test_what_is_fused(make_model) -> None:
+    """The families that speed matters most for do get the kernels."""
+    runner = Runner(make_model("qwen3"), EngineConfig(num_blocks=8), torch.float32, CPU, plain=True)
+    assert fuse(runner.model, load_library()) == {"norms": 3 * 4 + 1, "gates": 3, "ropes": 1, "heads": 0}
+    tied = Runner(make_model("qwen2", hidden_size=64), EngineConfig(num_blocks=8), torch.float32, CPU, plain=True)
+    assert fuse(tied.model, load_library())["heads"] == 1
+
+
+def test_another_model_of_the_process_is_untouched(make_model) -> None:
+    """The rope function of a modeling file serves all its models; ours acts for the engine's model alone."""
+    from transformers import AutoModelForCausalLM
+
+    path, ids = make_model("llama"), torch.tensor([[3, 4, 5, 6]])
+    other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    before = other(ids).logits
+    make_runner(path)
+    after = other(ids).logits
+    after.sum().backward()
+    assert torch.equal(before, after) and other.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
