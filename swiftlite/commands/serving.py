@@ -62,8 +62,11 @@ def make_plan(options: Options) -> Plan:
     model_checkpoint = checkpoint if checkpoint is not None and not is_adapter(checkpoint) else None
     settings_from = checkpoint or next(iter(adapters.values()), None)
     if settings_from is not None:
-        for line in inherit(options, settings_from):
-            print(line)
+        before = dict(options.values)
+        inherit(options, settings_from)
+        taken = [f"{name} = {value!r}" for name, value in options.values.items() if value != before[name]]
+        if taken:
+            print(f"from {settings_from}: {', '.join(taken)}")
     if options.merge_lora:
         model_checkpoint = _merged(options, adapters)
     written = str(model_checkpoint) if model_checkpoint is not None else options.model or options.model_type or _base_of(adapters)

@@ -23,7 +23,7 @@ from swiftlite.server.service import Service
 from swiftlite.ui.style import CSS, THEME, WORDS
 
 PAINT = 0.04  # seconds between two updates of the page; a browser shows no more
-EXAMPLES = ("who are you?", "你好！", "浙江的省会在哪？", "晚上睡不着觉怎么办？")
+EXAMPLES = ("who are you?", "浙江的省会在哪？", "晚上睡不着觉怎么办？")
 
 Turn = dict[str, Any]
 

@@ -54,7 +54,7 @@ THEME = gr.themes.Soft(
 CSS = """
 footer { display: none !important; }
 .gradio-container { max-width: 1240px !important; width: 100%; margin: 0 auto !important; padding: 0 !important; }
-.gradio-container > main, .gradio-container main.fillable { max-width: none !important; padding: 14px 20px !important; }
+.gradio-container .app { max-width: none !important; padding: 14px 20px !important; }
 #top { align-items: center; justify-content: space-between; flex-wrap: nowrap; }
 #top > * { padding: 0 !important; }
 #brand, #brand .html-container { padding: 0 !important; }
@@ -76,7 +76,7 @@ footer { display: none !important; }
 #settings { gap: 12px; }
 #settings .block { border: 1px solid var(--border-color-primary); }
 @media (max-width: 640px) {
-  .gradio-container > main, .gradio-container main.fillable { padding: 10px 12px !important; }
+  .gradio-container .app { padding: 10px 12px !important; }
   #body { gap: 12px; }
   #model { max-width: 60vw; }
 }
