@@ -153,3 +153,18 @@ def test_blocks_in_bfloat16_are_as_close_as_torch_s_own():
     out = blocks(*half, 0.25, None, None)
     for got, want in zip([out, *torch.autograd.grad(out, half, grad.bfloat16())], wanted, strict=True):
         assert (got.float() - want).norm() / want.norm() < 0.01
+
+
+def test_bfloat16_products_over_float32_masters(make_model):
+    """Full training under autocast: short and long documents, gradients close to float32's."""
+    model = load(make_model("qwen3"))
+    batch = collate(rows(150, 9, 40), CPU)
+
+    def gradient(autocast: torch.dtype | None) -> torch.Tensor:
+        model.zero_grad()
+        TargetLoss(model, autocast)(batch)[0].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact, half = gradient(None), gradient(torch.bfloat16)
+    assert half.dtype == torch.float32
+    assert F.cosine_similarity(exact, half, dim=0) > 0.99

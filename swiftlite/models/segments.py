@@ -58,6 +58,9 @@ def attend(
             f"cannot train {type(module).__name__}: its attention uses {', '.join(rest) or 'a mask of its own'}",
             "swiftlite's packed attention does not know how to apply it, and leaving it out would train another model",
         )
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotation leaves q and k in float32 there, and v is not
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     lengths = swift_segments if swift_segments is not None else (query.shape[2],)
     outputs = [
         _segment(q, k, v, scaling, dropout, sliding_window, softcap)
