@@ -289,7 +289,7 @@ class Bridge:
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """One step: logits [S, V] in the model's dtype for `batch.logits_index`; K and V of all rows are stored in `cache`."""
-        native = None if self.library is None else NativeBatch(self.library, cache, batch.slots, batch.sequences)
+        native = None if self.library is None or batch.pages is not None else NativeBatch(self.library, cache, batch.slots, batch.sequences)
         with torch.inference_mode():
             output = self.model(
                 input_ids=batch.input_ids[None],

@@ -17,7 +17,9 @@ class EngineConfig:
     kv_cache_memory: int | None = None  # bytes
     num_blocks: int | None = None  # overrides the memory sizing (tests)
     gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False  # no CUDA graphs
     max_lora_rank: int = 512
     max_logprobs: int = 20
     max_n: int = 128
+    speculate_ngram: int = 0  # tokens to guess per step from what the sequence repeats; 0: off
     max_waiting: int = 4096  # queued requests; one more is refused

@@ -193,7 +193,7 @@ def choose_splits(programs: int, context: int, tile: int, processors: int) -> in
     """Over how many programs each task's keys are spread (a power of two): enough to fill the GPU twice, none for short contexts."""
     if programs >= processors:
         return 1
-    splits = min(-(-2 * processors // programs), context // (2 * tile), MAX_SPLITS)
+    splits = min(-(-2 * processors // programs), context // tile, MAX_SPLITS)
     return 1 << (splits.bit_length() - 1) if splits > 1 else 1
 
 
