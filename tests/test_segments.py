@@ -36,10 +36,14 @@ def load(path):
     return load_model(path, torch.float32, CPU, register())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_unpacked_and_stock(make_model, family):
+@pytest.mark.parametrize(
+    ("family", "lengths"),
+    [(family, (40, 7, 23)) for family in FAMILIES]  # 40 and 23 pass the windows of 16
+    + [(family, (40, 7, 23, 5, 90, 38, 33, 2)) for family in ("llama", "qwen3", "gemma2", "mistral")],  # short ones side by side
+)
+def test_packed_equals_unpacked_and_stock(make_model, family, lengths):
     path = make_model(family)
-    samples = rows(40, 7, 23)  # 40 and 23 pass the windows of 16
+    samples = rows(*lengths)
     torch.manual_seed(0)
     model = load(path)
     lora = Lora(model, LoraSpec(4, 8))
@@ -77,12 +81,13 @@ def test_packed_equals_unpacked_and_stock(make_model, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "mistral"])
-def test_first_document_never_changes_the_second(make_model, family):
+@pytest.mark.parametrize("count", [2, 4])  # one by one, side by side
+def test_first_document_never_changes_the_others(make_model, family, count):
     model = load(make_model(family))
-    first, other, second = rows(19, 19, 30)
+    first, other, second, third, fourth = rows(19, 19, 30, 22, 17)
 
     def outputs(before: Row) -> torch.Tensor:
-        batch = collate([before, second], CPU)
+        batch = collate([before, second, third, fourth][:count], CPU)
         with torch.no_grad():
             body = model.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, swift_segments=batch.lengths

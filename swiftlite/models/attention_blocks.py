@@ -1,4 +1,4 @@
-"""Causal attention of one document with its gradient, in blocks of queries: training's CPU kernel, in plain torch.
+"""Causal attention of documents of one length with its gradient, in blocks of queries: training's CPU kernel, in plain torch.
 
 A block of queries meets only the keys it may see (causal, and within the window), as batched matrix products per key/value
 head with the heads that share it stacked; softmax in float32. torch's own CPU kernel multiplies in tiny tiles: measured
@@ -19,7 +19,7 @@ KEEP = 512  # tokens up to which weights are kept, at most H * T^2 / 2 elements
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-    """q [1, H, T, D], k [1, G, T, D], v [1, G, T, Dv] -> [1, H, T, Dv]; a query sees itself and the `window` - 1 before it."""
+    """q [B, H, T, D], k [B, G, T, D], v [B, G, T, Dv] -> [B, H, T, Dv]; a query sees itself and the `window` - 1 before it."""
     kind = q.device.type
     if torch.is_autocast_enabled(kind):  # as torch's own kernel: norms and rotations leave q and k in float32, v comes in bfloat16
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
@@ -36,9 +36,9 @@ def _hidden(first: int, start: int, stop: int, window: int | None, device: torch
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-        tokens, groups = q.shape[2], k.shape[1]
-        q4 = q[0].reshape(groups, -1, tokens, q.shape[3])  # [G, H/G, T, D]
-        k3, v3 = k[0].contiguous(), v[0].contiguous()  # [G, T, D], [G, T, Dv]
+        tokens, groups = q.shape[2], k.shape[0] * k.shape[1]  # G below: key/value heads of all documents
+        q4 = q.reshape(groups, -1, tokens, q.shape[3])  # [G, H/G, T, D]
+        k3, v3 = k.reshape(groups, tokens, -1).contiguous(), v.reshape(groups, tokens, -1).contiguous()  # [G, T, D], [G, T, Dv]
         ctx.settings = scale, window, softcap
         out = q.new_empty(groups, q4.shape[1], tokens, v.shape[3])
         kept = []
@@ -48,14 +48,15 @@ class _Attention(torch.autograd.Function):
             if tokens <= KEEP and softcap is None:  # the soft cap's slope needs the scores anyway
                 kept.append(weights)
         ctx.save_for_backward(q4, k3, v3, *kept)
-        return out.view(1, -1, tokens, v.shape[3])
+        return out.view(*q.shape[:3], v.shape[3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q4, k3, v3, *kept = ctx.saved_tensors
         scale, window, _ = ctx.settings
         groups, shared, tokens, dim = q4.shape
-        g4 = grad[0].reshape(groups, shared, tokens, -1)
+        documents = len(grad)
+        g4 = grad.reshape(groups, shared, tokens, -1)
         grad_q, grad_k, grad_v = torch.empty_like(q4), torch.zeros_like(k3), torch.zeros_like(v3)
         for number, (start, stop, first) in enumerate(_blocks(tokens, window)):
             count = stop - start
@@ -70,7 +71,8 @@ class _Attention(torch.autograd.Function):
             scores = scores.mul_(scale).to(q4.dtype)
             grad_q[:, :, start:stop] = torch.bmm(scores, k3[:, first:stop]).view(groups, shared, count, dim)
             grad_k[:, first:stop] += torch.bmm(scores.transpose(1, 2), q4[:, :, start:stop].reshape(groups, shared * count, dim))
-        return grad_q.view(1, groups * shared, tokens, dim), grad_k[None], grad_v[None], None, None, None
+        rows = (documents, -1, tokens)
+        return grad_q.view(*rows, dim), grad_k.view(*rows, dim), grad_v.view(*rows, v3.shape[2]), None, None, None
 
 
 def _blocks(tokens: int, window: int | None) -> list[tuple[int, int, int]]:

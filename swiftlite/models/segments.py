@@ -13,6 +13,9 @@ because ignoring one means silently wrong gradients.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from swiftlite.errors import ModelError
 from swiftlite.models import attention_blocks
 
 NAME = "swift_segments"
+SIDE_BY_SIDE = 64  # documents up to here are computed several at once
+STEP = 16  # with others of about their length
 SHORT = 128  # float32 documents up to here cost torch's own kernel fewer calls than ours
 # Keywords that carry nothing attention needs: positions are already in the rotated q and k, and there is no cache.
 HARMLESS = ("position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
@@ -61,18 +66,89 @@ def attend(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # rotation leaves q and k in float32 there, and v is not
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    lengths = swift_segments if swift_segments is not None else (query.shape[2],)
-    outputs = [
-        _segment(q, k, v, scaling, dropout, sliding_window, softcap)
-        # split, not slices: its backward is one concatenation, where each slice's is a full-size zero tensor
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2), None
+    lengths = tuple(swift_segments) if swift_segments is not None else (query.shape[2],)
+    settings = scaling, dropout, sliding_window, softcap
+    layout = _layout(lengths, query.device)
+    if layout is None:
+        outputs = [
+            _segment(q, k, v, *settings)
+            # split, not slices: its backward is one concatenation, where each slice's is a full-size zero tensor
+            for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        ]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2), None
+    places = [documents * length for documents, length in layout.shapes]
+    parts = [_Place.apply(x[0].transpose(0, 1), layout.token, layout.place).split(places) for x in (query, key, value)]
+    grouped = []
+    for shape, *qkv in zip(layout.shapes, *parts, strict=True):
+        q, k, v = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in qkv)  # [B, heads, L, D]
+        grouped.append(_segment(q, k, v, *settings).transpose(1, 2).flatten(0, 1))  # [B * L, H, Dv]
+    return _Collect.apply(torch.cat(grouped), layout.place)[None], None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Short documents side by side in groups of like length. The last places of a shorter one repeat its last token: no
+    earlier query sees them, and their own outputs are not collected, so they change nothing."""
+
+    shapes: list[tuple[int, int]]  # per group: documents, length
+    token: Tensor  # [P] the token that each place of all groups holds
+    place: Tensor  # [T] where each token is (its own place, not a repetition)
+
+
+@lru_cache(maxsize=8)  # the layers of a pass, and its recomputation, ask for the same one
+def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout | None:
+    """None: too few short documents to gain from it."""
+    if sum(length <= SIDE_BY_SIDE for length in lengths) < 4:
+        return None
+    groups: dict[tuple[int, int], list[int]] = {}  # a long document is a group of its own
+    for number, length in enumerate(lengths):
+        short = length <= SIDE_BY_SIDE
+        groups.setdefault((-(-length // STEP) * STEP, -1) if short else (length, number), []).append(number)
+    starts = [0, *accumulate(lengths)]
+    shapes, token, place, at = [], [], torch.empty(starts[-1], dtype=torch.long), 0
+    for documents in groups.values():
+        longest = max(lengths[number] for number in documents)
+        shapes.append((len(documents), longest))
+        for number in documents:
+            start, length = starts[number], lengths[number]
+            token.append(start + torch.arange(longest).clamp(max=length - 1))
+            place[start : start + length] = at + torch.arange(length)
+            at += longest
+    return _Layout(shapes, torch.cat(token).to(device), place.to(device))
+
+
+class _Place(torch.autograd.Function):
+    """Rows of tokens [T, ...] -> rows of places [P, ...]. Repetitions have no gradient, so the backward is a selection too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return rows.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows of places [P, ...] -> rows of tokens [T, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.places = len(rows)
+        return rows.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.places, *grad.shape[1:]).index_copy_(0, place, grad), None
 
 
 def _segment(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None, softcap: float | None
-) -> Tensor:  # [1, H, T, D], [1, G, T, D], [1, G, T, Dv] -> [1, H, T, Dv]
+) -> Tensor:  # [B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> [B, H, T, Dv]
     tokens, grouped = q.shape[2], q.shape[1] != k.shape[1]
     windowed = window is not None and window < tokens
     if q.device.type == "cpu" and dropout == 0 and (windowed or softcap is not None or q.dtype != torch.float32 or tokens > SHORT):

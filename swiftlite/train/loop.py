@@ -181,7 +181,7 @@ class Trainer:
                         self._log(norm, rate, (time.perf_counter() - began) / (step - first) * (total - step))
                     better = False
                     if self.evaluation and (step % settings.eval_steps == 0 or step == total):
-                        better = self._evaluate()
+                        better = self._evaluate(stop)
                     if step % settings.save_steps == 0 or step == total or stop.signal is not None:
                         self._check_finite(norm)
                         if better:
@@ -249,13 +249,16 @@ class Trainer:
         self._reset_window()
 
     @torch.no_grad()
-    def _evaluate(self) -> bool:
-        """Loss and token accuracy on the evaluation rows; True when the loss is the best so far."""
+    def _evaluate(self, stop: Interrupt) -> bool:
+        """Loss and token accuracy on the evaluation rows; True when the loss is the best so far. A signal cuts it short."""
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         targets = 0
         self.model.eval()
         for rows in self.eval_passes:
+            if stop.signal is not None:
+                self.model.train()
+                return False
             batch = collate([self.evaluation[i] for i in rows], self.device)
             batch_nll, batch_hits = self.loss(batch)
             nll += batch_nll
