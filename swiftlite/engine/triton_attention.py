@@ -217,12 +217,12 @@ def attend(
         *q.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3], batch.tables.stride(0),
         group, keys.shape[2], layer.head_dim, layer.value_dim, layer.window or 0, layer.softcap is not None,
         splits, shape.rows, shape.queries, shape.tile, pad(layer.head_dim), pad(layer.value_dim),
-        num_warps=shape.warps, num_stages=shape.stages,
+        num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         _reduce[(count * shape.queries, layer.heads)](
             part, weight, out, batch.query_start, batch.query_len, tasks, *out.stride()[:2],
-            layer.value_dim, splits, shape.queries, pad(layer.value_dim), num_warps=4,
+            layer.value_dim, splits, shape.queries, pad(layer.value_dim), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -230,5 +230,5 @@ def store(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> 
     """Write k [T, G, Dk] and v [T, G, Dv] at slots [T] int64 of the pools keys [N, G, S, Dk], values [N, G, S, Dv]; -1: skipped."""
     _store[(k.shape[0], k.shape[1])](
         k, v, slots, keys, values, *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-        keys.shape[2], k.shape[2], v.shape[2], pad(k.shape[2]), pad(v.shape[2]), num_warps=1,
+        keys.shape[2], k.shape[2], v.shape[2], pad(k.shape[2]), pad(v.shape[2]), num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip

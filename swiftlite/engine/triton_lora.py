@@ -93,7 +93,7 @@ def _expand(
                 r = start + tl.arange(0, RANKS)
                 inside = (row < count)[:, None] & (r < rank)[None, :]
                 h = tl.zeros([ROWS, RANKS], tl.float32)
-                for split in tl.static_range(SPLITS):
+                for split in range(SPLITS):
                     h += tl.load(h_at + split * h_split + r[None, :], inside, other=0.0)
                 seen = (r < rank)[:, None] & (column < width)[None, :]
                 weight = tl.load(b + r[:, None] * width + column[None, :], seen, other=0.0)
@@ -133,7 +133,7 @@ def shrink(x: Tensor, tables: Tables, group: int, tasks: Tensor, rows: int, colu
     h = torch.empty(splits, x.shape[0], columns, dtype=torch.float32, device=x.device)
     _shrink[(tasks.shape[0], splits)](
         x, h, tasks, tables.a, tables.total, tables.stride, group, tables.a.shape[1], x.shape[1], x.stride(0), *h.stride()[:2],
-        splits, aligned, rows, RANKS, DEPTH, num_warps=4,
+        splits, aligned, rows, RANKS, DEPTH, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return h
 
@@ -143,5 +143,5 @@ def expand(h: Tensor, y: Tensor, tables: Tables, group: int, parts: range, width
     _expand[(tasks.shape[0], triton.cdiv(width, COLUMNS), len(parts))](
         h, y, tasks, tables.b, tables.rank, tables.start, tables.stride, tables.out,
         group, tables.a.shape[1], parts.start, tables.b.shape[2], *h.stride()[:2], y.stride(0),
-        len(parts) > 1, h.shape[0], aligned, rows, RANKS, COLUMNS, num_warps=4,
+        len(parts) > 1, h.shape[0], aligned, rows, RANKS, COLUMNS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
