@@ -91,6 +91,15 @@ def test_chunked_prefill_equals_whole(build, oracle):
     assert answers(chunked.generate(PROMPTS, greedy())) == [hf(oracle, prompt) for prompt in PROMPTS]
 
 
+def test_a_chunk_of_one_token_is_no_answer(build, oracle):
+    """Three answers leave one token of the budget to the prompt that arrives."""
+    one = build(max_num_batched_tokens=4)
+    running = [one.submit([5 + i], greedy(60)) for i in range(3)]
+    wait_until(lambda: one.stats()["running"] == 3)
+    assert answers(one.generate(PROMPTS[2], greedy())) == [hf(oracle, PROMPTS[2])]
+    assert [stream.result().outputs[0].token_ids for stream in running] == [hf(oracle, [5 + i], 60) for i in range(3)]
+
+
 def test_prefix_cache_hits_change_nothing(build, oracle):
     warm = build(enable_prefix_caching=True)
     prompt = list(range(3, 60))
@@ -236,10 +245,10 @@ def test_stop_strings_and_streamed_text(engine):
 
 def test_streaming_shows_every_token_and_ends_with_the_whole(engine):
     texts, counts = [], []
-    for snapshot in engine.submit(PROMPTS[2], greedy(40)):
+    for snapshot in engine.submit(PROMPTS[2], greedy(400)):
         texts.append(snapshot.outputs[0].text)
         counts.append(len(snapshot.outputs[0].token_ids))
-    assert counts == sorted(counts) and counts[-1] == 40 and len(counts) > 10
+    assert counts == sorted(counts) and counts[-1] == 400 and len(counts) > 5
     assert all(texts[-1].startswith(text) for text in texts)
     assert texts[-1] == engine.tokenizer.decode(snapshot.outputs[0].token_ids, skip_special_tokens=True)
     assert snapshot.metrics["arrival"] <= snapshot.metrics["first_token"] <= snapshot.metrics["finished"]

@@ -33,6 +33,7 @@ class Item:
     seq: Seq
     start: int
     count: int
+    draft: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -11,6 +11,7 @@ not know requests or threads: one thread feeds one Detokenizer at a time.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class Detokenizer:
         self.text = ""  # safe to show
         self.pending = ""  # decoded, but perhaps the beginning of a stop string
         self.matched: str | None = None
+
+    def fork(self) -> Detokenizer:
+        """A copy that goes its own way."""
+        other = copy.copy(self)
+        other._ids = list(self._ids)
+        return other
 
     def feed(self, tokens: list[int], check_from: int = 0) -> bool:
         """Take more tokens; True when a stop string is complete (everything after it is dropped).

@@ -19,12 +19,14 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swiftlite.engine.beam import BeamSearch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.detok import Decoder, Detokenizer
 from swiftlite.engine.loop import StepLoop, shut_down
 from swiftlite.engine.request import Request, RequestOutput, SamplingParams, Sequence
 from swiftlite.engine.runner import Runner
 from swiftlite.engine.sampler import SamplingState
+from swiftlite.engine.spec import NgramIndex
 from swiftlite.engine.stream import Signal, Stream
 from swiftlite.errors import AdapterError, ModelError, RequestError
 
@@ -131,17 +133,25 @@ class Engine:
         max_len = len(ids) + (room if params.max_tokens is None else min(room, params.max_tokens))
         seed = random.getrandbits(63) if params.seed is None else params.seed
         request = Request(request_id or uuid.uuid4().hex, text, ids, params, None, stop_ids, time.monotonic(), Signal())
-        request.siblings_pending = params.n > 1
+        request.siblings_pending = params.n > 1 and not params.use_beam_search
         request.prompt_logprobs = None if params.prompt_logprobs is None else [None]
-        for index in range(params.n):
+        guesses = self.config.speculate_ngram
+
+        def sequence(index: int) -> Sequence:
             sampling = SamplingState(params, ids, seed + index, maskable)
             detok = Detokenizer(self._decoder, ids, params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
             seq = Sequence(request, index, list(ids), len(ids), max_len, None, sampling, detok, next(self._order))
             seq.logprobs = None if params.logprobs is None else []
-            request.sequences.append(seq)
+            if guesses and sampling.plain and not params.use_beam_search:
+                seq.ngrams = NgramIndex(ids, guesses)
+            return seq
+
+        request.sequences = [sequence(index) for index in range(params.n)]
+        if params.use_beam_search:
+            request.beam = BeamSearch(request, sequence(0))
         if adapter is not None:  # last: nothing can fail after it, so the reference cannot leak
             request.adapter = self._lora().acquire(adapter)
-            for seq in request.sequences:
+            for seq in (*request.sequences, *(request.beam.beams if request.beam else ())):
                 seq.adapter = request.adapter
         return request
 
@@ -162,6 +172,7 @@ class Engine:
                 raise RequestError(f"{what} has token id {wrong}", f"the model's ids are 0 to {self.vocab_size - 1}", param=what)
         for name, value, limit in (
             ("n", params.n, self.config.max_n),
+            ("best_of", params.best_of, self.config.max_n),
             ("logprobs", params.logprobs, self.config.max_logprobs),
             ("prompt_logprobs", params.prompt_logprobs, self.config.max_logprobs),
         ):

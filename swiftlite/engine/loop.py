@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.request import Request, Sequence, TokenLogprob
 from swiftlite.engine.sampler import Sampler, token_logprobs
 from swiftlite.engine.scheduler import Scheduled, Scheduler
+from swiftlite.engine.spec import count_accepted
 from swiftlite.engine.stream import Signal, wake
 from swiftlite.errors import OverloadError, RequestError
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from swiftlite.engine.lora import AdapterVersion
 
 logger = logging.getLogger("swiftlite.engine")
+NOT_FINITE = "the model's logits are not finite (NaN or infinite)"
 MAX_FAILED_STEPS = 3  # in a row; then the loop calls itself unhealthy
 T = TypeVar("T")
 
@@ -46,6 +50,18 @@ class Model(Protocol):
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None: ...
 
 
+@dataclass(slots=True)
+class _Rows:
+    """Which rows of a step's logits are whose."""
+
+    sequences: list[Sequence] = field(default_factory=list)  # one for each token that is sampled; a draft's sequence several times
+    where: list[int] = field(default_factory=list)  # their rows
+    drafts: list[tuple[int, Scheduled]] = field(default_factory=list)  # place of a draft's first row in `sequences`
+    beams: list[Sequence] = field(default_factory=list)
+    beam_where: list[int] = field(default_factory=list)
+    best: int = 0  # continuations that the beams want
+
+
 class StepLoop:
     """Runs requests on a model in one thread, which starts with the first request."""
 
@@ -54,7 +70,7 @@ class StepLoop:
         self.sampler = Sampler()
         self.counters = dict.fromkeys(
             ("steps", "failed_steps", "requests", "finished_requests", "failed_requests", "prompt_tokens", "cached_tokens",
-             "generated_tokens", "preemptions"), 0,
+             "generated_tokens", "preemptions", "draft_tokens", "accepted_tokens", "allocated_slots", "empty_slots"), 0,
         )  # fmt: skip
         self._lock = threading.Condition()  # guards what callers and the loop share: the next four
         self._inbox: list[Callable[[], None]] = []
@@ -66,7 +82,8 @@ class StepLoop:
 
     def _new_scheduler(self) -> Scheduler:
         pool = BlockPool(self.model.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
-        return Scheduler(pool, self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        config = self.config
+        return Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, config.speculate_ngram)
 
     # -- called from any thread
 
@@ -141,6 +158,7 @@ class StepLoop:
             "running": len(scheduler.running), "waiting": max(0, len(self._requests) - len(scheduler.running)),
             "total_blocks": scheduler.pool.num_blocks, "free_blocks": scheduler.pool.num_free,
             "cached_blocks": scheduler.pool.num_cached,
+            "kv_waste": self.counters["empty_slots"] / max(1, self.counters["allocated_slots"]),  # share of the slots of used blocks
         }  # fmt: skip
         return {**self.counters, **gauges, "preemptions": self.counters["preemptions"] + scheduler.num_preemptions}
 
@@ -185,7 +203,7 @@ class StepLoop:
 
     def _admit(self, request: Request) -> None:
         if not request.finished:
-            self.scheduler.add(request.sequences[0])
+            self.scheduler.add(request.beam.beams[0] if request.beam is not None else request.sequences[0])
 
     def _look_for_leaks(self) -> None:
         pool = self.scheduler.pool
@@ -201,7 +219,7 @@ class StepLoop:
         self.counters["preemptions"] += self.scheduler.num_preemptions
         self.scheduler = self._new_scheduler()
         for request in list(self._requests.values()):
-            for seq in request.sequences:
+            for seq in (*request.sequences, *(request.beam.beams if request.beam is not None else ())):
                 seq.block_table, seq.running = [], False
             self._end_request(request, "error", message)
 
@@ -214,13 +232,14 @@ class StepLoop:
             if scheduler.copies:
                 self.model.copy_blocks(scheduler.copies)
             logits = self.model.execute(batch)  # [S, V]
-            rows, where = self._rows(batch, logits)
-            if not rows:
-                self._failures = 0
-                return
-            if len(where) != len(logits) or where[-1] != len(logits) - 1:  # rows of prompts, or of siblings that start together
-                logits = logits[where]
-            tokens, logprobs = self.sampler.sample(logits, [seq.sampling for seq in rows])
+            rows = self._rows(batch, logits)
+            allocated, empty = scheduler.count_slots()
+            self.counters["allocated_slots"] += allocated
+            self.counters["empty_slots"] += empty
+            best = self.sampler.best(logits[rows.beam_where], [b.sampling for b in rows.beams], rows.best) if rows.beams else None
+            if rows.where and (len(rows.where) != len(logits) or rows.where[-1] != len(logits) - 1):
+                logits = logits[rows.where]  # some rows are of prompts, of beams, or of siblings that start together
+            tokens, logprobs = self.sampler.sample(logits, [seq.sampling for seq in rows.sequences]) if rows.where else ([], [])
         except Exception as error:
             logger.exception("a step failed; its %d requests end with an error", len(batch))
             self._failures += 1
@@ -229,39 +248,82 @@ class StepLoop:
                 self._end_request(item.seq.request, "error", f"the step failed: {type(error).__name__}: {error}")
             return
         self._failures = 0
-        self._append(rows, tokens, logprobs)
+        if best is not None:
+            self._search(rows.beams, *best)
+        if rows.drafts:
+            self._drop_rejected(rows, tokens, logprobs)
+        if rows.sequences:
+            self._append(rows.sequences, tokens, logprobs)
+        for _, item in rows.drafts:
+            if item.seq.running:
+                scheduler.keep(item.seq)
 
-    def _rows(self, batch: list[Scheduled], logits: Tensor) -> tuple[list[Sequence], list[int]]:
-        """The sequences that get a token now, and their rows of `logits`; starts the siblings of finished prompts."""
+    def _rows(self, batch: list[Scheduled], logits: Tensor) -> _Rows:
+        """Who gets a token now, from which rows of `logits`; starts the siblings of finished prompts."""
         scheduler = self.scheduler
-        rows: list[Sequence] = []
-        where: list[int] = []
+        rows = _Rows()
         end = 0
         for item in batch:
             scheduler.done(item)
             end += item.rows
             seq, request = item.seq, item.seq.request
-            if request.finished:
+            if request.finished or not item.rows:  # the prompt goes on in the next step
                 continue
-            if item.count > 1 or request.prompt_logprobs is not None:
-                if request.prompt_logprobs is not None and seq.index == 0 and len(request.prompt_logprobs) < seq.prompt_len:
-                    self._note_prompt(item, logits[end - item.rows : end])
-                if item.start + item.count < len(seq.token_ids):
-                    continue
+            if request.prompt_logprobs is not None and seq.index == 0 and len(request.prompt_logprobs) < seq.prompt_len:
+                self._note_prompt(item, logits[end - item.rows : end])
+            if item.start + item.count < len(seq.token_ids):
+                continue
             if len(seq.token_ids) >= seq.max_len:  # max_tokens 0: only the prompt was asked for
                 self._end_request(request, "length")
                 continue
-            rows.append(seq)
-            where.append(end - 1)
             if seq.text_end == 0 and request.first_token == 0:
                 self.counters["prompt_tokens"] += seq.prompt_len
                 self.counters["cached_tokens"] += seq.num_cached
+                request.sequences[0].num_cached = seq.num_cached
+            if request.beam is not None:
+                rows.beams.append(seq)
+                rows.beam_where.append(end - 1)
+                rows.best = max(rows.best, request.beam.candidates)
+                continue
+            if item.draft:
+                rows.drafts.append((len(rows.where), item))
+            count = 1 + len(item.draft)
+            rows.sequences += [seq] * count
+            rows.where += range(end - count, end)
             if request.siblings_pending:
                 request.siblings_pending = False
                 started = [sibling for sibling in request.sequences[1:] if scheduler.fork(seq, sibling)]
-                rows += started
-                where += [end - 1] * len(started)
-        return rows, where
+                rows.sequences += started
+                rows.where += [end - 1] * len(started)
+        return rows
+
+    def _drop_rejected(self, rows: _Rows, tokens: list[int], logprobs: list[TokenLogprob | None]) -> None:
+        """Take the rows after each draft's first wrong token out of all three lists."""
+        for start, item in reversed(rows.drafts):
+            accepted = count_accepted(item.draft, tokens[start : start + item.rows])
+            for values in (rows.sequences, tokens, logprobs):
+                del values[start + accepted + 1 : start + item.rows]
+            self.counters["draft_tokens"] += len(item.draft)
+            self.counters["accepted_tokens"] += accepted
+            assert item.seq.ngrams is not None
+            item.seq.ngrams.learn(len(item.draft), accepted, self.config.speculate_ngram)
+
+    def _search(self, beams: list[Sequence], tokens: list[list[int]], values: list[list[float]]) -> None:
+        """Hand each beam its best continuations; searches that have all of theirs go one token further."""
+        now = time.monotonic()
+        for beam, best, scores in zip(beams, tokens, values, strict=True):
+            request = beam.request
+            assert request.beam is not None
+            if request.finished:  # a sibling failed a moment ago
+                continue
+            if math.isnan(scores[0]):
+                self._end_request(request, "error", NOT_FINITE)
+                continue
+            self.counters["generated_tokens"] += 1
+            request.first_token = request.first_token or now
+            if request.beam.take(beam, best, scores) and not request.beam.advance(self.scheduler):
+                request.beam.settle()
+                self._finish(request)
 
     @staticmethod
     def _note_prompt(item: Scheduled, logits: Tensor) -> None:
@@ -281,14 +343,14 @@ class StepLoop:
         now = time.monotonic()
         ended: list[Sequence] = []
         signals: list[Signal] = []
-        self.counters["generated_tokens"] += len(rows)
         for index, (seq, token) in enumerate(zip(rows, tokens, strict=True)):
             request = seq.request
-            if request.finished:  # a sibling failed a moment ago
+            if request.finished or seq.finish_reason is not None:  # a sibling failed, or an accepted draft's token was the last
                 continue
             if token < 0:
-                self._end_request(request, "error", "the model's logits are not finite (NaN or infinite)")
+                self._end_request(request, "error", NOT_FINITE)
                 continue
+            self.counters["generated_tokens"] += 1
             seq.token_ids.append(token)
             if logprobs and (entry := logprobs[index]) is not None and seq.logprobs is not None:
                 seq.logprobs.append(entry)
@@ -326,9 +388,12 @@ class StepLoop:
         """End whatever of a request still goes on, at any stage."""
         if request.finished:
             return
+        if request.beam is not None:
+            self.scheduler.remove(request.beam.beams)
+            request.beam.settle(reason)
+        request.error = error
         live = [seq for seq in request.sequences if seq.finish_reason is None]
         self.scheduler.remove(live)
-        request.error = error
         for seq in live:
             if request.params.stop:
                 seq.detok.finish()

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from swiftlite.errors import RequestError
 
 if TYPE_CHECKING:
+    from swiftlite.engine.beam import BeamSearch
     from swiftlite.engine.detok import Detokenizer
     from swiftlite.engine.lora import AdapterVersion
     from swiftlite.engine.sampler import SamplingState
+    from swiftlite.engine.spec import NgramIndex
     from swiftlite.engine.stream import Signal
 
 
@@ -31,6 +33,10 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0 or -1 keeps all tokens; `seed` makes a request reproducible whatever else runs.
     `logprobs` = k returns the chosen token's log-probability and the k best. Raises RequestError on values out of range.
+
+    With `use_beam_search` the n best of `best_of` (default n) beams are returned, in the meaning of transformers' num_beams:
+    a finished beam's score is cumulative_logprob / tokens ** length_penalty; nothing is drawn (temperature, top_k, top_p, min_p and
+    seed do not apply), and answers are shown when the search is over.
     """
 
     n: int = 1
@@ -52,13 +58,17 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    use_beam_search: bool = False
+    best_of: int | None = None  # beams
+    length_penalty: float = 1.0  # above 0 favours long answers
+    early_stopping: bool | str = False  # end at: True the best_of-th answer, False no likely better one, "never" no possible better one
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
         self.stop = list(self.stop or [])
         self.stop_token_ids = list(self.stop_token_ids or [])
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty"):
             value = getattr(self, name)
             _check(
                 isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
@@ -86,6 +96,14 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _check(count is None or (isinstance(count, int) and count >= 0), f"{name} must be at least 0, got {count!r}", name)
+        width = self.best_of
+        if self.use_beam_search:
+            _check(width is None or (isinstance(width, int) and width >= self.n), f"best_of must be at least n, got {width}", "best_of")
+            _check(self.early_stopping in (True, False, "never"), "early_stopping must be true, false or 'never'", "early_stopping")
+        else:
+            _check(width in (None, self.n), "best_of other than n is for beam search: add use_beam_search", "best_of")
+            _check(self.length_penalty == 1, "length_penalty is for beam search: add use_beam_search", "length_penalty")
+            _check(self.early_stopping is False, "early_stopping is for beam search: add use_beam_search", "early_stopping")
         if self.logit_bias is not None:
             try:  # JSON objects have string keys
                 self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
@@ -96,6 +114,10 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5
+
+    @property
+    def beam_width(self) -> int:
+        return self.best_of or self.n
 
 
 @dataclass
@@ -148,6 +170,7 @@ class Request:
     arrival: float  # seconds, monotonic
     signal: Signal  # wakes the readers
     sequences: list[Sequence] = field(default_factory=list)
+    beam: BeamSearch | None = None  # it owns the sequences that run; `sequences` are its answers, empty until its end
     siblings_pending: bool = False  # n > 1 and the first sequence's prompt is not computed yet
     num_cached: int = 0  # prompt tokens found in the prefix cache
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -177,9 +200,12 @@ class Sequence:
     num_cached: int = 0
     num_computed: int = 0
     running: bool = False
+    paused: bool = False  # a beam whose logits are taken: it goes on once all beams' are
     forked: bool = False  # its partial block may be shared: look before writing
     text_end: int = 0  # answer tokens that are text (the stop token is not)
     logprobs: list[TokenLogprob] | None = None
     cumulative_logprob: float = 0.0
     stop_reason: int | str | None = None
     finish_reason: str | None = None
+    ngrams: NgramIndex | None = None  # where drafts come from; None: not speculated
+    ngrams: NgramIndex | None = None  # where drafts come from; None: no speculation

@@ -129,6 +129,7 @@ class Runner:
                 table, tokens, end = item.seq.block_table, item.seq.token_ids, item.start + item.count
                 slices.append(SequenceSlice(len(ids), item.count, item.start, table))
                 ids.extend(tokens[item.start : end])
+                ids.extend(item.draft)
                 positions.extend(range(item.start, end))
                 slots.extend(table[position // size] * size + position % size for position in range(item.start, end))
                 wanted[index] = range(len(ids) - item.rows, len(ids))

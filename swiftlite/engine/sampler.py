@@ -15,6 +15,7 @@ A row whose best logit is not finite (NaN wins every max) yields token -1. It do
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from swiftlite.engine.request import SamplingParams, TokenLogprob
 
 _MASK = 2**64 - 1
 CANDIDATES = 64  # best tokens that top-k and top-p look at first; a row whose kept set is larger is sorted whole
+BEST_ROWS = 32  # rows that are in fp32 at once
 CHUNK = 2**19  # logits that are worked on at once, so that they stay in the processor's cache
 
 
@@ -53,6 +55,11 @@ class TokenTable:
         self._ids[slot] = token
         self._counts[slot] += 1
 
+    def copy(self) -> TokenTable:
+        other = TokenTable([])
+        other._slots, other._ids, other._counts = dict(self._slots), self._ids.copy(), self._counts.copy()
+        return other
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [N] and their counts in the answer [N] (0: only in the prompt)."""
         size = len(self._slots)
@@ -73,6 +80,18 @@ class SamplingState:
         self.biased = bool(params.logit_bias) or (params.min_tokens > 0 and bool(stop_ids))
         self.penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         self.table = TokenTable(prompt) if self.penalised else None
+
+    @property
+    def plain(self) -> bool:
+        """The token with the best logit is taken, whatever came before."""
+        return self.greedy and not self.biased and not self.penalised
+
+    def fork(self) -> SamplingState:
+        """A copy that goes its own way."""
+        other = copy.copy(self)
+        if self.table is not None:
+            other.table = self.table.copy()
+        return other
 
     def uniform(self) -> float:
         """The number in [0, 1) for the next token."""
@@ -155,6 +174,28 @@ class Sampler:
         for row, entry in zip(plan.logprobs, token_logprobs(raw, tokens, [states[r].logprobs or 0 for r in plan.logprobs]), strict=True):
             logprobs[row] = entry
         return found, logprobs
+
+    def best(self, logits: Tensor, states: list[SamplingState], count: int) -> tuple[list[list[int]], list[list[float]]]:
+        """The `count` best next tokens of each row of logits [B, V] and their log-probabilities, best first.
+
+        Bias and penalties change the log-probabilities, which then no longer sum to one: what transformers' beam search does.
+        A row that is not finite begins with NaN.
+        """
+        tokens: list[list[int]] = []
+        values: list[list[float]] = []
+        for start in range(0, len(states), BEST_ROWS):
+            scores = logits[start : start + BEST_ROWS].float()
+            norm = scores.logsumexp(-1, keepdim=True)
+            part = states[start : start + BEST_ROWS]
+            if any(state.biased or state.penalised for state in part):
+                scores, norm = scores - norm, torch.zeros_like(norm)
+                plan = self._make_plan(part, scores)
+                self._apply_bias(scores, part, plan)
+                self._apply_penalties(scores, part, plan)
+            top, ids = scores.topk(min(count, scores.shape[1]), dim=-1)
+            tokens += ids.tolist()
+            values += (top - norm).tolist()
+        return tokens, values
 
     @staticmethod
     def _make_plan(states: list[SamplingState], logits: Tensor) -> _Plan:

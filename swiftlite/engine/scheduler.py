@@ -6,7 +6,11 @@ running sequence is preempted: its blocks go back and it starts again later from
 
 Invariants: at most one admitted prompt is unfinished unless blocks ran short; never more running sequences than budget, so every
 answer moves every step; nothing that is already part of the step is preempted; a sequence that is alone always fits (the engine
-refuses what never can), so there is no deadlock.
+refuses what never can), so there is no deadlock. A paused sequence (a beam that waits for its siblings) is never part of a step;
+it keeps its blocks unless they, or its seat, are the only way for others to move.
+
+Drafts (speculation) ride along with running answers out of what budget and free blocks are left over; they never preempt. What is
+computed counts only once it is accepted: until then `num_computed` stays before the drafts, and no prefix is registered.
 
 Fairness: waiting requests queue by adapter (the base is one of them) and the queues take turns, so a request waits for at most
 (its place in its own queue) x (number of queues) admissions. The one whose turn it is is never overtaken by a smaller one.
@@ -18,6 +22,7 @@ It does not know tensors, sampling or streams.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from swiftlite.engine.blocks import BlockPool
@@ -28,18 +33,19 @@ PROMPT_LOGPROBS_CHUNK = 256  # prompt tokens whose whole logits rows are held at
 
 @dataclass(slots=True, eq=False)
 class Scheduled:
-    """Compute tokens [start, start + count) of `seq`; logits are wanted for the last `rows` of them."""
+    """Compute tokens [start, start + count) of `seq`, the last len(draft) of which are guesses; logits of the last `rows` are wanted."""
 
     seq: Sequence
     start: int
     count: int
-    rows: int  # 0: the prompt goes on in the next step; 1: to sample; more: prompt log-probabilities too
+    rows: int  # 0: the prompt goes on in the next step; 1: to sample; more: prompt log-probabilities, or drafts to verify
+    draft: SequenceOf[int] = ()  # not part of seq.token_ids
 
 
 class Scheduler:
     """Holds every live sequence, waiting or running, and the blocks they have."""
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, speculate: int = 0) -> None:
         self.pool = pool
         self.budget = max(1, max_num_batched_tokens)
         self.max_running = max(1, min(max_num_seqs, self.budget))
@@ -48,6 +54,7 @@ class Scheduler:
         self._preempted: list[Sequence] = []  # in order of arrival
         self.num_waiting = 0
         self.num_preemptions = 0
+        self._speculate_most = speculate  # tokens of a draft
         self._blocked: tuple[Sequence, int] | None = None  # who could not be admitted, with how many free blocks
         self.copies: list[tuple[int, int]] = []  # block copies to make before the step's forward
 
@@ -64,10 +71,10 @@ class Scheduler:
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Start `child` from everything computed for `parent`, sharing its blocks.
 
-        False when there is no seat: the child then waits, and finds the prompt in the prefix cache.
+        False when there is no seat, or the parent lost its blocks: the child then waits, and finds the prompt in the prefix cache.
         """
         child.root = parent.root
-        if len(self.running) >= self.max_running:
+        if len(self.running) >= self.max_running or not parent.running:
             self._requeue(child)
             return False
         self.pool.share(parent.block_table)
@@ -76,6 +83,12 @@ class Scheduler:
         child.forked = parent.forked = child.running = True
         self._insert(self.running, child)
         return True
+
+    def resume(self, seq: Sequence) -> None:
+        """A paused sequence has its next token."""
+        seq.paused = False
+        if not seq.running:
+            self._requeue(seq)
 
     def remove(self, sequences: list[Sequence]) -> None:
         """Forget ended sequences, wherever they are, and give their blocks back."""
@@ -97,9 +110,20 @@ class Scheduler:
             self._drop_blocks(seq)
 
     def done(self, item: Scheduled) -> None:
-        """The item's tokens are computed: K/V is in its blocks, and newly full blocks can be found."""
+        """The item's tokens are computed: K/V is in its blocks, and newly full blocks can be found. Drafts are left to `keep`."""
         seq = item.seq
-        seq.num_computed = item.start + item.count
+        seq.num_computed = item.start + item.count - len(item.draft)
+        self._register(seq)
+
+    def keep(self, seq: Sequence) -> None:
+        """A draft was verified: the accepted tokens are in seq.token_ids, which the model has seen up to the last but one."""
+        seq.num_computed = len(seq.token_ids) - 1
+        needed = seq.num_computed // self.pool.block_size + 1  # blocks up to the next token's
+        self.pool.release(seq.block_table[needed:])
+        del seq.block_table[needed:]
+        self._register(seq)
+
+    def _register(self, seq: Sequence) -> None:
         if seq.num_computed // self.pool.block_size > len(seq.digests):
             self.pool.register(seq.root, seq.token_ids, seq.block_table, seq.digests, seq.num_computed)
 
@@ -109,22 +133,52 @@ class Scheduler:
         batch: list[Scheduled] = []
         started: list[Sequence] = []  # prompts, or preempted answers, that are not computed up to their last token
         for seq in list(self.running):
-            if not seq.running:  # preempted for an older one a moment ago
+            if not seq.running or seq.paused:  # preempted for an older one a moment ago; or a beam that waits for its siblings
                 continue
             if len(seq.token_ids) - seq.num_computed > 1:
                 started.append(seq)
             elif self._cover(seq, 1):
                 batch.append(Scheduled(seq, seq.num_computed, 1, 1))
         left = self.budget - len(batch)
+        if self._speculate_most:
+            left -= self._speculate(batch, left)
         for seq in started:
             if left and seq.running:
                 left -= self._chunk(seq, left, batch)
-        while left and self.num_waiting and len(self.running) < self.max_running:
+        while left and self.num_waiting:
             seq = self._next_waiting()
-            if not self._admit(seq):
+            if len(self.running) < self.max_running and self._admit(seq):
+                left -= self._chunk(seq, left, batch)
+            elif batch or not self._unseat_paused():
                 break
-            left -= self._chunk(seq, left, batch)
         return batch
+
+    def _unseat_paused(self) -> bool:
+        """Nothing can run unless a paused sequence gives way: the youngest does."""
+        for seq in reversed(self.running):
+            if seq.paused:
+                self._preempt(seq)
+                return True
+        return False
+
+    def _speculate(self, batch: list[Scheduled], left: int) -> int:
+        """Add drafts to the answers in `batch`; returns the number of tokens."""
+        pool, used = self.pool, 0
+        for item in batch:
+            seq = item.seq
+            if seq.ngrams is None or len(seq.token_ids) == seq.prompt_len:
+                continue
+            spare = max(0, pool.num_free - len(self.running))  # a draft must not cost anyone the next token
+            room = (len(seq.block_table) + spare) * pool.block_size - len(seq.token_ids)
+            most = min(self._speculate_most, left - used, room, seq.max_len - len(seq.token_ids) - 1)
+            draft = seq.ngrams.propose(seq.token_ids, most) if most > 0 else []
+            if draft:
+                item.draft, item.count, item.rows = draft, 1 + len(draft), 1 + len(draft)
+                need = -(-(item.start + item.count) // pool.block_size) - len(seq.block_table)
+                if need > 0:
+                    seq.block_table.extend(pool.allocate(need))
+                used += len(draft)
+        return used
 
     def _chunk(self, seq: Sequence, left: int, batch: list[Scheduled]) -> int:
         """Schedule as much of `seq` as budget and blocks allow; returns the number of tokens."""
@@ -169,7 +223,8 @@ class Scheduler:
         seq.running = False
         self.running.remove(seq)
         self._drop_blocks(seq)
-        self._requeue(seq)
+        if not seq.paused:  # else it is queued when it goes on
+            self._requeue(seq)
         self.num_preemptions += 1
 
     def _requeue(self, seq: Sequence) -> None:
@@ -226,6 +281,17 @@ class Scheduler:
         seq.running = True
         self._insert(self.running, seq)
         return True
+
+    def count_slots(self) -> tuple[int, float]:
+        """Slots of all blocks in use, and how many of them hold no token (a shared block's count once)."""
+        pool = self.pool
+        size, refs = pool.block_size, pool.refs
+        empty = 0.0
+        for seq in self.running:
+            table = seq.block_table
+            if table:
+                empty += (len(table) * size - seq.num_computed) / refs[table[-1]]
+        return (pool.num_blocks - pool.num_free) * size, empty
 
     def check(self) -> None:
         """AssertionError unless blocks and sequences agree (`BlockPool.check`)."""
