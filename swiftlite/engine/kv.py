@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+FRESH_PAGES = 64 << 20  # bytes from which the C library surely asks the system for new pages
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -33,7 +35,7 @@ class AttentionLayer:
 
 
 class KVCache:
-    """Pools for all layers. Memory is reserved zeroed, so it is only resident once written."""
+    """Pools for all layers. On a CPU memory only becomes resident where tokens are stored."""
 
     def __init__(
         self, layers: Sequence[AttentionLayer], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -43,8 +45,13 @@ class KVCache:
         self.values: list[Tensor] = []  # per layer [num_blocks, G, block_size, Dv]
         for layer in layers:
             shape = (num_blocks, layer.kv_heads, block_size)
-            self.keys.append(torch.zeros(*shape, layer.head_dim, dtype=dtype, device=device))
-            self.values.append(torch.zeros(*shape, layer.value_dim, dtype=dtype, device=device))
+            self.keys.append(self._pool(*shape, layer.head_dim))
+            self.values.append(self._pool(*shape, layer.value_dim))
+
+    def _pool(self, *shape: int) -> Tensor:
+        pool = torch.empty(*shape, dtype=self.dtype, device=self.device)
+        # A large allocation is fresh pages, zero and untouched; writing zeros would make all of it resident.
+        return pool if self.device.type == "cpu" and pool.nbytes > FRESH_PAGES else pool.zero_()
 
     @staticmethod
     def bytes_per_block(layers: Sequence[AttentionLayer], block_size: int, dtype: torch.dtype) -> int:

@@ -8,6 +8,9 @@ Only for inference on a CPU, float32 and bfloat16; whether a model is packed nev
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -102,12 +105,29 @@ def pack_linears(model: nn.Module, shared_inputs: Sequence[Sequence[str]]) -> in
             fused = FusedLinear([(name, m.out_features) for name, m in zip(group, linears, strict=True)], weight, _join_bias(linears))
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 _replace(model, name, FusedPart(fused, index, linear.in_features))
+                _forget(linear.weight)
             packed += len(group)
     while plain:
         name, linear = plain.popitem()
         _replace(model, name, PackedLinear(linear.weight, linear.bias))
+        _forget(linear.weight)
         packed += 1
     return packed
+
+
+def _forget(weight: Tensor) -> None:
+    """Give the pages of a weight that nobody reads any more back to the system now.
+
+    Weights are views of the mapped checkpoint, and the mapping lives as long as any of them; without this, pages of replaced
+    weights would stay resident and count as the process's memory.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages inside the weight: nobody else's
+    length = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 def _is_stock(module: nn.Linear) -> bool:
