@@ -79,12 +79,13 @@ class VllmGenerationConfig:
     seed: int | None = None
 
     def params(self) -> SamplingParams:
-        """The engine's view. Raises RequestError on values out of range, UsageError for beams."""
+        """The engine's view. Raises RequestError on values out of range."""
+        beams: dict[str, Any] = {}
         if self.num_beams != 1:
-            raise UsageError("num_beams above 1 is not available here", fix="sample n answers instead")
+            beams = {"use_beam_search": True, "best_of": self.num_beams, "length_penalty": self.length_penalty}
         return SamplingParams(
             n=self.n, max_tokens=self.max_new_tokens, temperature=self.temperature if self.do_sample else 0.0, top_k=self.top_k,
-            top_p=self.top_p, repetition_penalty=self.repetition_penalty, stop=list(self.stop), seed=self.seed,
+            top_p=self.top_p, repetition_penalty=self.repetition_penalty, stop=list(self.stop), seed=self.seed, **beams,
         )  # fmt: skip
 
 

@@ -52,6 +52,16 @@ def test_batch_history_and_stream_agree(engine, template):
     assert steps[-1] == whole
 
 
+def test_num_beams_is_beam_search(engine, template):
+    from swiftlite import SamplingParams
+
+    config = swift.llm.VllmGenerationConfig(max_new_tokens=8, num_beams=3, length_penalty=0.7)
+    found = swift.llm.inference_vllm(engine, template, [{"query": "你好!"}], generation_config=config)
+    ids = template.encode_prompt([{"role": "user", "content": "你好!"}])
+    params = SamplingParams(use_beam_search=True, best_of=3, length_penalty=0.7, max_tokens=8, stop_token_ids=sorted({*template.stop_ids}))
+    assert found[0]["response"] == engine.engine.generate([ids], params)[0].outputs[0].text != ""
+
+
 def test_an_adapter_answers_otherwise_and_the_base_stays(engine, template, make_model, make_adapter):
     request = [{"query": "who are you?"}]
     base = swift.llm.inference_vllm(engine, template, request)

@@ -385,6 +385,27 @@ def test_a_client_that_leaves_frees_its_blocks(client, port, service):
     assert time.monotonic() - started < 3
 
 
+def test_beam_search_over_http(client, model_dir):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    ids = [5, 9, 60, 33]
+    with torch.no_grad():
+        found = model.generate(
+            torch.tensor([ids]), num_beams=4, num_return_sequences=2, max_new_tokens=9, do_sample=False, length_penalty=0.5,
+            eos_token_id=None, pad_token_id=0,
+        )[:, len(ids) :].tolist()  # fmt: skip
+    extra = {"use_beam_search": True, "best_of": 4, "length_penalty": 0.5, "ignore_eos": True, "return_token_ids": True}
+    wishes = {"model": "tiny-llama", "prompt": ids, "n": 2, "max_tokens": 9, "extra_body": extra}
+    whole = client.completions.create(**wishes)
+    assert [choice.token_ids for choice in whole.choices] == found
+    chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **wishes)]
+    assert sorted((c.index, c.text, c.token_ids) for c in chunks) == [(c.index, c.text, c.token_ids) for c in whole.choices]
+    extra = {"use_beam_search": True, "early_stopping": True}
+    chat = client.chat.completions.create(model="tiny-llama", messages=QUESTION, n=3, max_tokens=5, extra_body=extra)
+    assert len({choice.message.content for choice in chat.choices}) == 3
+
+
 # refusals
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -398,7 +419,7 @@ BAD_TEXT: dict[str, list] = {
     "stop": ["", ["a"] * 5, "x" * 2**20, [1], {"a": 1}],
     "seed": [2**64],
     "logprobs": [10**6, -1],
-    "best_of": [10**9],
+    "best_of": [10**9, 0, 4],
     "min_p": [2],
     "top_k": [-2],
     "min_tokens": [600],
@@ -408,7 +429,9 @@ BAD_TEXT: dict[str, list] = {
     "stream_options": [{"include_usage": True}],
     "response_format": [{"type": "json_object"}],
     "guided_regex": ["(a+)+$"],
-    "use_beam_search": [True],
+    "use_beam_search": ["yes", 1],
+    "length_penalty": [2.0, "x"],
+    "early_stopping": [True, "maybe"],
     "prompt": [
         "", [], [[]], [""], [-1], [10**6], [[1], [10**6]], [[[1]]], [1, "a"], [True], {"a": 1}, 5, None, "\ud800", ["ok", 3],
         "x" * 100_000, [5] * 100_000, ["a"] * 2000,

@@ -40,6 +40,7 @@ class Case:
     p95_ms: float
     p99_ms: float
     ttft_ms: float
+    kv_waste: float  # share of the slots of used KV blocks that held no token, mean over the steps
 
 
 def parse_cases(batch_size: str, input_output_len: str) -> list[tuple[int, int, int]]:
@@ -97,6 +98,7 @@ def batch_case(engine: Engine, names: list[str], batch: int, prompt: int, output
     first = total = float("inf")
     latencies: list[float] = []
     waits: list[float] = []
+    before = engine.stats()
     for _ in range(repeats):
         prompts = [[generator.randrange(min(10, vocabulary - 1), vocabulary) for _ in range(prompt)] for _ in range(batch)]
         first = min(first, _timed(engine, prompts, 1, adapters)[0])
@@ -108,6 +110,7 @@ def batch_case(engine: Engine, names: list[str], batch: int, prompt: int, output
     return Case(
         batch, prompt, output, len(names), batch * prompt / first, decode, batch * output / total,
         1e3 * total, 1e3 * _percentile(latencies, 95), 1e3 * _percentile(latencies, 99), 1e3 * sum(waits) / len(waits),
+        _kv_waste(before, engine.stats()),
     )  # fmt: skip
 
 
@@ -118,6 +121,7 @@ def serve_case(engine: Engine, names: list[str], count: int, rate: float) -> Cas
     longest = engine.max_model_len
     streams, waited = [], 0.0
     prompt_tokens = output_tokens = 0
+    before = engine.stats()
     start = time.monotonic()
     for i in range(count):
         prompt = min(generator.randint(*PROMPT_RANGE), longest - OUTPUT_RANGE[0] - 1)
@@ -135,7 +139,7 @@ def serve_case(engine: Engine, names: list[str], count: int, rate: float) -> Cas
     return Case(
         count, prompt_tokens // count, output_tokens // count, len(names), prompt_tokens / total, output_tokens / total,
         output_tokens / total, 1e3 * sum(latencies) / count, 1e3 * _percentile(latencies, 95), 1e3 * _percentile(latencies, 99),
-        1e3 * sum(waits) / count,
+        1e3 * sum(waits) / count, _kv_waste(before, engine.stats()),
     )  # fmt: skip
 
 
@@ -154,6 +158,10 @@ def _timed(engine: Engine, prompts: list[list[int]], tokens: int, adapters: list
 def _percentile(values: list[float], percent: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def _kv_waste(before: dict[str, float], after: dict[str, float]) -> float:
+    return (after["empty_slots"] - before["empty_slots"]) / max(1, after["allocated_slots"] - before["allocated_slots"])
 
 
 def _seconds_since_start(engine: Engine) -> float:
@@ -193,7 +201,7 @@ def _print_line(options: Options, case: Case) -> None:
         f"output_length {case.output_length} adapters {case.adapters} peak_mem(gb) {_peak_memory_gb():.2f} tokens_per_sec {total:.2f} "
         f"percentile95(ms) {case.p95_ms:.2f} percentile99(ms) {case.p99_ms:.2f} latency(ms) {case.latency_ms:.2f} "
         f"ttft(ms) {case.ttft_ms:.2f} prefill_tokens_per_second {case.prefill_tokens_per_s:.2f} "
-        f"generation_tokens_per_second {case.decode_tokens_per_s:.2f}",
+        f"generation_tokens_per_second {case.decode_tokens_per_s:.2f} kv_waste(%) {100 * case.kv_waste:.2f}",
         flush=True,
     )
 

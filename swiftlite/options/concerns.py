@@ -145,6 +145,9 @@ class EngineOptions:
     kv_cache_memory: float | None = opt(None, "GiB for the KV cache; default: from what is free")
     gpu_memory_utilization: float = opt(0.9, "share of the GPU's memory that the engine may use")
     max_lora_rank: int = opt(512, "largest adapter rank that is accepted")
+    speculate_ngram: int = opt(
+        0, "guess up to so many tokens a step from what the text repeats; greedy answers stay the same, come faster (0: off)"
+    )
     quant: str | None = opt(None, "quantize the linears at load: int8", ("int8",))
     tensor_parallel_size: int = opt(1, "GPUs a model is split over (vllm backend)")
 

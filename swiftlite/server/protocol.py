@@ -19,7 +19,7 @@ from swiftlite.server.errors import APIError
 MAX_STOPS, MAX_STOP_LENGTH, MAX_PROMPTS, MAX_BIASES = 4, 1024, 1024, 4096
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 NOT_SUPPORTED = (
-    "use_beam_search", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "suffix", "bad_words",
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "suffix", "bad_words",
     "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "continue_final_message", "documents", "functions",
     "function_call",
 )  # fmt: skip
@@ -46,7 +46,10 @@ class Sampled(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1)
-    best_of: int | None = None
+    use_beam_search: bool | None = None  # answers come when the search is over, also with stream=true
+    best_of: int | None = Field(None, ge=1)  # beams
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     max_tokens: int | None = None
     min_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -87,8 +90,6 @@ class Sampled(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> Sampled:
-        if self.best_of not in (None, self.n or 1):
-            raise APIError("best_of is not supported other than equal to n", param="best_of")
         if self.stream_options is not None and not self.stream:
             raise APIError("stream_options is for stream=true only", param="stream_options")
         if self.response_format and self.response_format.get("type", "text") != "text":
@@ -279,8 +280,9 @@ def sampling(
         raise APIError(f"min_tokens ({_short(min_tokens)}) is more than max_tokens ({wanted})", param="min_tokens")
     limit = wanted if wanted is not None else defaults.get("max_tokens", token_default)
     limit = room if limit is None else min(limit, room)
-    if (request.n or 1) > limits.max_n:
-        raise APIError(f"n must be at most {limits.max_n}, got {_short(request.n)}", param="n")
+    for name, count in (("n", request.n), ("best_of", request.best_of)):
+        if (count or 1) > limits.max_n:
+            raise APIError(f"{name} must be at most {limits.max_n}, got {_short(count)}", param=name)
     alternatives = request.top_logprobs_wanted
     if alternatives is not None and alternatives > limits.max_logprobs:
         raise APIError(f"at most {limits.max_logprobs} log-probabilities a token, got {_short(alternatives)}", param="logprobs")
@@ -305,6 +307,10 @@ def sampling(
         ignore_eos=bool(request.ignore_eos),
         skip_special_tokens=request.skip_special_tokens is not False,
         logprobs=alternatives,
+        use_beam_search=bool(request.use_beam_search),
+        best_of=request.best_of,
+        length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
+        early_stopping=request.early_stopping or False,
     )
 
 
