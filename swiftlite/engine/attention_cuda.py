@@ -65,12 +65,13 @@ class DevicePages:
 def pages(slices: Sequence[SequenceSlice], rows: int, device: torch.device) -> DevicePages:
     """The sequences of one step of `rows` rows."""
     width = max(len(piece.block_table) for piece in slices)
-    flat = [
-        [piece.query_start, piece.query_len, piece.context_len, *piece.block_table, *[0] * (width - len(piece.block_table))]
-        for piece in slices
-    ]
-    table = to_device(flat, torch.int32, device)  # [B, 3 + W]: one copy
-    sequences = kernels.Sequences(*(column.contiguous() for column in table[:, :3].unbind(1)), table[:, 3:])
+    host = torch.zeros(len(slices), 3 + width, dtype=torch.int32, pin_memory=device.type == "cuda")
+    for row, piece in zip(host.numpy(), slices, strict=True):
+        row[:3] = piece.query_start, piece.query_len, piece.context_len
+        row[3 : 3 + len(piece.block_table)] = piece.block_table
+    table = host.to(device, non_blocking=True)  # one copy
+    starts, counts, contexts = (column.contiguous() for column in table[:, :3].unbind(1))
+    sequences = kernels.Sequences(starts, counts, contexts, table[:, 3:])
     parts = []
     for short in (True, False):
         members = [(index, piece.query_len) for index, piece in enumerate(slices) if (piece.query_len <= SHORT) == short]

@@ -21,7 +21,7 @@ from torch import Tensor
 from swiftlite.engine.attention_cuda import decode_pages
 from swiftlite.engine.bridge import Bridge, ForwardBatch
 from swiftlite.engine.kv import KVCache
-from swiftlite.engine.lora import LoraManager
+from swiftlite.engine.lora import AdapterVersion, LoraManager
 from swiftlite.engine.lora_cuda import DeviceJob
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class DecodeGraphs:
             graph.graph.replay()
         return self._logits[:count]
 
-    def _fill(self, scheduled: list[Scheduled], size: int) -> list[tuple[object, int]]:
+    def _fill(self, scheduled: list[Scheduled], size: int) -> list[tuple[AdapterVersion | None, int]]:
         """Write and copy the step's inputs, rows grouped by adapter; returns the runs of rows by adapter, padding included."""
         if self._copied is not None:
             self._copied.synchronize()
@@ -125,7 +125,7 @@ class DecodeGraphs:
         self._block_tables[:count, :width] = self._short[most:used].view(count, width)
         if self._copied is not None:
             self._copied.record()
-        segments: list[tuple[object, int]] = [(scheduled[members[0]].seq.adapter, len(members)) for members in groups.values()]
+        segments: list[tuple[AdapterVersion | None, int]] = [(scheduled[members[0]].seq.adapter, len(members)) for members in groups.values()]
         return [*segments, (None, size - count)] if size > count else segments
 
     def _forward(self, size: int) -> None:

@@ -120,7 +120,7 @@ class LoraManager:
         self._versions: dict[str, AdapterVersion] = {}  # by digest
         self._stacks: dict[tuple[GroupShape, ...], list[Stack]] = {}
         self._armed = False
-        self._jobs: list[Job] = []
+        self._jobs: list[Job] | list[DeviceJob] = []
         self._tables: AdapterTables | None = None  # only with the Triton kernels
         self._rows = 0
 
@@ -267,7 +267,7 @@ class LoraManager:
         `kept`, made by the kernels' `static_job`, is refilled: a captured step that was recorded with it now does these rows.
         """
         rows: list[Segment] = [(v.stack, v.slot, n) if v is not None else (None, 0, n) for v, n in segments]
-        self._jobs = plan(rows, self.device) if self._tables is None else [*self._tables.plan(rows, kept)]
+        self._jobs = plan(rows, self.device) if self._tables is None else self._tables.plan(rows, kept)
         self._rows = sum(count for _, count in segments)
         for group in self._groups:
             group.x, group.products = None, []
