@@ -125,7 +125,9 @@ class DecodeGraphs:
         self._block_tables[:count, :width] = self._short[most:used].view(count, width)
         if self._copied is not None:
             self._copied.record()
-        segments: list[tuple[AdapterVersion | None, int]] = [(scheduled[members[0]].seq.adapter, len(members)) for members in groups.values()]
+        segments: list[tuple[AdapterVersion | None, int]] = [
+            (scheduled[members[0]].seq.adapter, len(members)) for members in groups.values()
+        ]
         return [*segments, (None, size - count)] if size > count else segments
 
     def _forward(self, size: int) -> None:
