@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from swiftlite.adapters.config import AdapterConfig
 from swiftlite.adapters.convert import to_peft
-from swiftlite.adapters.directory import AdapterConfig, read
+from swiftlite.adapters.directory import read
 from swiftlite.errors import AdapterError, SwiftError
 from swiftlite.models.shards import open_shards
 
@@ -89,7 +90,7 @@ def test_digest_is_of_the_content(adapter: Path, tmp_path) -> None:
     [
         ({"peft_type": "IA3"}, "is not a LoRA adapter\n.*'IA3'"),
         ({"target_parameters": ["experts.w"]}, "uses target_parameters, which is not supported"),
-        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, "the rows of its trained tokens"),
         ({"alora_invocation_tokens": [1]}, "uses alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "was initialised with pissa"),
         ({"r": 0}, "rank must be at least 1"),

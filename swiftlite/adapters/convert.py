@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from swiftlite.adapters.directory import CONFIG, MERGE, PICKLE, WEIGHTS, read
+from swiftlite.adapters.config import MERGE
+from swiftlite.adapters.directory import read
+from swiftlite.adapters.files import CONFIG, PICKLE, WEIGHTS
 from swiftlite.errors import AdapterError
 from swiftlite.models.shards import CARRIED_FILES, copy_files, new_directory
 

@@ -2,8 +2,8 @@
 
 Two files count: adapter_config.json and adapter_model.safetensors. Both are read into memory in one go, so what was
 checked is what is used, whatever happens to the directory afterwards. Every key of the file is consumed exactly once; what
-is not understood is refused by name. Pickled weights are never opened here. It knows nothing of models beyond the shapes
-that it is given.
+is not understood is refused by name. Pickled weights are never opened here. `read_header` makes the same checks from the file's
+header alone, values aside. It knows nothing of models beyond the shapes that it is given.
 
 Letters: R rank. A is [R, in], B is [out, R]; the adapter adds scale * B @ A to a weight [out, in].
 """
@@ -13,60 +13,26 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from swiftlite.adapters.config import MERGE, AdapterConfig, read_config
+from swiftlite.adapters.files import CONFIG, PICKLE, WEIGHTS, read_layout, read_tensors
 from swiftlite.errors import AdapterError
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 16 << 20
-MERGE = "merge it into its base with PEFT (merge_and_unload) and use the merged model"
-# Initialisations that leave the base weights alone; the others (pissa, olora, loftq, corda, ...) train against a changed base.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Settings that change the arithmetic in ways that are not built.
-UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config",
-    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "use_qa_lora", "use_merged_linear", "velora_config",
-)  # fmt: skip
+AGAIN = "use the adapter with the files it was saved with"
+EARLIER = "take an earlier checkpoint"
 LORA_KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(?:\.weight)?)"
 )
+TOKENS_KEY = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 SWIFT_KEY = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\.[^.]+(\.weight)?$")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What of adapter_config.json decides the arithmetic, and which base it was made for."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...] | str | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    fan_in_fan_out: bool = False
-    ensure_weight_tying: bool = False
-    bias: str = "none"
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    base_model: str | None = None
-
-    def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern, module, self.rank)
-
-    def scale_of(self, module: str) -> float:
-        """alpha / R, or alpha / sqrt(R) for rsLoRA (arXiv 2312.03732)."""
-        rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -91,30 +57,32 @@ class Adapter:
 
     path: Path
     config: AdapterConfig
-    digest: str  # sha256 over weights and arithmetic: equal content, equal digest
     modules: dict[str, LoraWeights]
     saved: dict[str, Tensor]  # full tensors (modules_to_save, trained biases) by parameter name
+    bases: dict[str, Tensor]  # the base's own weights of adapted embeddings and heads, which PEFT saves along; by parameter name
+    tokens: dict[str, tuple[tuple[int, ...], Tensor]]  # trainable_token_indices: module -> (tokens, their new rows [n, D])
+    hashing: Hashing | None  # None: only the header was read
+
+    @property
+    def digest(self) -> str:
+        """sha256 over weights and arithmetic: equal content, equal digest."""
+        assert self.hashing is not None, "only the header was read"
+        return self.hashing.result()
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors, as saved."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def tensors(self) -> Iterable[Tensor]:
+        for weights in self.modules.values():
+            yield from (t for t in (weights.a, weights.b, weights.magnitude, weights.bias) if t is not None)
+        yield from self.saved.values()
+        yield from (rows for _, rows in self.tokens.values())
 
     @property
     def max_rank(self) -> int:
         return max((w.rank for w in self.modules.values()), default=0)
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    # PEFT's rule: the first pattern that matches the end of the name, as a regular expression.
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _read_bytes(path: Path, limit: int = -1) -> bytes:
-    """The first `limit` bytes, or all."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(limit)
-    except OSError as error:
-        raise AdapterError(f"cannot read {path}", error.strerror or str(error), "check the adapter's path") from None
 
 
 def _locate(path: Path) -> None:
@@ -137,118 +105,106 @@ def _locate(path: Path) -> None:
         raise AdapterError(f"the adapter in {path} is incomplete", f"{WEIGHTS} is missing", "copy it again, or take another checkpoint")
 
 
-def read_config(path: Path) -> tuple[AdapterConfig, dict[str, Any]]:
-    """adapter_config.json, checked: (what we use, the raw object). AdapterError names what is not supported."""
-    file = path / CONFIG
-    try:
-        raw = json.loads(_read_bytes(file, MAX_CONFIG_BYTES))
-    except ValueError as error:
-        raise AdapterError(f"{file} is not valid JSON", str(error), "copy the adapter again") from None
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{file} must hold one JSON object")
-    kind = raw.get("peft_type") or raw.get("swift_type")
-    if kind != "LORA":
-        raise AdapterError(f"{path} is not a LoRA adapter", f"its type is {kind!r}", MERGE)
-    for name in UNSUPPORTED:
-        if raw.get(name):
-            raise AdapterError(f"{path} uses {name}, which is not supported", f"{CONFIG} sets it to {raw[name]!r}", MERGE)
-    if raw.get("init_lora_weights", True) not in PLAIN_INITS:
-        raise AdapterError(
-            f"{path} was initialised with {raw['init_lora_weights']}",
-            "that changes the base weights too, so the adapter does not fit the stock base",
-            "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
-        )
-    try:
-        targets = raw.get("target_modules")
-        config = AdapterConfig(
-            rank=int(raw["r"]),
-            alpha=float(raw["lora_alpha"]),
-            targets=targets if isinstance(targets, str) or targets is None else tuple(sorted(targets)),
-            use_rslora=bool(raw.get("use_rslora")),
-            use_dora=bool(raw.get("use_dora")),
-            lora_bias=bool(raw.get("lora_bias")),
-            fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
-            ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
-            bias=str(raw.get("bias") or "none"),
-            rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
-            modules_to_save=tuple(raw.get("modules_to_save") or ()),
-            base_model=raw.get("base_model_name_or_path") or None,
-        )
-        for pattern in (*config.rank_pattern, *config.alpha_pattern):
-            re.compile(pattern)
-    except (KeyError, TypeError, ValueError, re.error) as error:
-        raise AdapterError(
-            f"{file} is not a usable LoRA configuration", f"{type(error).__name__}: {error}", "copy the adapter again"
-        ) from None
-    if config.rank < 1 or any(rank < 1 for rank in config.rank_pattern.values()):
-        raise AdapterError(f"{file}: the rank must be at least 1", f"r is {config.rank}", "train the adapter again with --lora_rank 8")
-    if not all(map(math.isfinite, (config.alpha, *config.alpha_pattern.values()))):
-        raise AdapterError(f"{file}: lora_alpha must be a finite number")
-    return config, raw
+class Hashing:
+    """sha256 of an adapter, made by a thread of its own while the caller goes on."""
+
+    def __init__(self, config: AdapterConfig, pieces: list[memoryview]) -> None:
+        self._config, self._pieces, self._digest = config, pieces, ""
+        self._thread = threading.Thread(target=self._run, name="adapter-digest", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        weights = hashlib.sha256()
+        for piece in self._pieces:
+            weights.update(piece)
+        arithmetic = {k: v for k, v in asdict(self._config).items() if k not in ("base_model", "targets")}
+        self._digest = hashlib.sha256(json.dumps(arithmetic, sort_keys=True).encode() + b"\0" + weights.digest()).hexdigest()
+        self._pieces = []
+
+    def result(self) -> str:
+        self._thread.join()
+        return self._digest
 
 
-def _tensors(path: Path) -> tuple[dict[str, Tensor], bytes]:
-    import safetensors.torch
-    from safetensors import SafetensorError
-
-    file = path / WEIGHTS
-    header, size = int.from_bytes(_read_bytes(file, 8), "little"), file.stat().st_size
-    if size < 8 or header > min(MAX_HEADER_BYTES, size - 8):
-        why = f"its header claims {header} bytes; the file has {size} and {MAX_HEADER_BYTES} are allowed"
-        raise AdapterError(f"{file} is not a whole safetensors file", why, "copy the adapter again")
-    data = _read_bytes(file)
-    try:
-        return safetensors.torch.load(data), data
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError(f"{file} is not a whole safetensors file", str(error), "copy the adapter again") from None
-
-
-def digest_of(config: AdapterConfig, weights: bytes) -> str:
-    arithmetic = {k: v for k, v in asdict(config).items() if k not in ("base_model", "targets")}
-    return hashlib.sha256(json.dumps(arithmetic, sort_keys=True).encode() + b"\0" + hashlib.sha256(weights).digest()).hexdigest()
-
-
-def read(path: str | Path, expected_shapes: Mapping[str, tuple[int, int]] | None = None, *, max_rank: int | None = None) -> Adapter:
+def read(
+    path: str | Path, expected_shapes: Mapping[str, tuple[int, int]] | None = None, *, max_rank: int | None = None, finite: bool = True
+) -> Adapter:
     """Read and check the adapter in `path`.
 
     `expected_shapes` maps the base's module names to their weight's shape (out, in); with it, an adapter of another base is
-    refused: the message names the module, the adapter's shape and the base's, or the nearest module name. Raises
-    AdapterError for everything that cannot be served or merged exactly.
+    refused: the message names the module, the adapter's shape and the base's, or the nearest module name. `finite` False leaves
+    the look at every value to the caller (`check_finite`). Raises AdapterError for everything that cannot be served or merged exactly.
     """
     path = Path(path)
     _locate(path)
     config, _ = read_config(path)
-    tensors, data = _tensors(path)
+    tensors, pieces = read_tensors(path / WEIGHTS)
+    adapter = _adapter(path, config, tensors, Hashing(config, pieces))
+    _check(adapter, expected_shapes, max_rank)
+    if finite:
+        check_finite(adapter)
+    return adapter
+
+
+def read_header(path: str | Path, expected_shapes: Mapping[str, tuple[int, int]] | None = None, *, max_rank: int | None = None) -> Adapter:
+    """What `read` returns, checked the same way, but with tensors on the meta device: no weight is read, there is no digest."""
+    path = Path(path)
+    _locate(path)
+    config, _ = read_config(path)
+    adapter = _adapter(path, config, read_layout(path / WEIGHTS), None)
+    _check(adapter, expected_shapes, max_rank)
+    return adapter
+
+
+def _adapter(path: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], hashing: Hashing | None) -> Adapter:
     parts: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
+    bases: dict[str, Tensor] = {}
+    tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.")
         if not tensor.is_floating_point():
             raise AdapterError(f"{path}: {key} has dtype {tensor.dtype}", "adapters hold floating-point numbers", "copy the adapter again")
-        match = LORA_KEY.fullmatch(name)
+        match, of_tokens = LORA_KEY.fullmatch(name), TOKENS_KEY.fullmatch(name)
         if match:
             parts.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = tensor
+        elif of_tokens:
+            module = of_tokens["module"]
+            tokens[module] = (_tokens_of(path, config, module, tensor), tensor)
         elif SWIFT_KEY.search(name):
             fix = f"convert it: swift export --ckpt_dir {path} --to_peft_format true"
             raise AdapterError(f"{path} has SWIFT's own key names", f"{key} carries the adapter's name", fix)
         else:
             plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            if plain in saved:
+            if plain in saved or plain in bases:
                 raise AdapterError(f"{path}: {key} is there twice", "two keys name one parameter", "save the adapter again with PEFT")
-            saved[plain] = tensor
-    adapter = Adapter(
-        path, config, digest_of(config, data), {name: _module(path, config, name, found) for name, found in parts.items()}, saved
-    )
+            (bases if name.endswith(".base_layer.weight") else saved)[plain] = tensor
+    modules = {name: _module(path, config, name, found) for name, found in parts.items()}
+    for module in config.token_indices:
+        if not any(not module or name == module or name.endswith("." + module) for name in tokens):
+            raise AdapterError(f"the adapter in {path} is incomplete", f"the rows of its trained tokens ({module}) are missing", AGAIN)
+    return Adapter(path, config, modules, saved, bases, tokens, hashing)
+
+
+def _tokens_of(path: Path, config: AdapterConfig, module: str, rows: Tensor) -> tuple[int, ...]:
+    own = [tokens for name, tokens in config.token_indices.items() if not name or module == name or module.endswith("." + name)]
+    if len(own) != 1 or rows.dim() != 2 or len(own[0]) != rows.shape[0]:
+        why = f"{module} has {list(rows.shape)} rows of trained tokens, trainable_token_indices has {[len(tokens) for tokens in own]}"
+        raise AdapterError(f"the weights in {path} do not fit its configuration", why, AGAIN)
+    if len(set(own[0])) < len(own[0]):
+        raise AdapterError(f"{path}: trainable_token_indices names a token twice", fix=AGAIN)
+    return own[0]
+
+
+def _check(adapter: Adapter, expected_shapes: Mapping[str, tuple[int, int]] | None, max_rank: int | None) -> None:
+    path = adapter.path
     _check_saved(adapter)
-    if not adapter.modules and not adapter.saved:
+    if not (adapter.modules or adapter.saved or adapter.tokens):
         raise AdapterError(f"the adapter in {path} is empty", f"{WEIGHTS} holds no tensors", "take another checkpoint")
     if max_rank is not None and adapter.max_rank > max_rank:
         raise AdapterError(f"{path} has rank {adapter.max_rank}", f"at most {max_rank} is served", "start with a larger --max_lora_rank")
     if expected_shapes is not None:
         check_shapes(adapter, expected_shapes)
-    _check_finite(path, tensors)
-    return adapter
 
 
 def _module(path: Path, config: AdapterConfig, name: str, found: dict[str, Tensor]) -> LoraWeights:
@@ -297,10 +253,27 @@ def _check_saved(adapter: Adapter) -> None:
             )
 
 
-def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
+def check_finite(adapter: Adapter) -> None:
+    """AdapterError when a value is NaN or infinite."""
+    for tensor in adapter.tensors():
         if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):  # aminmax passes NaN on
-            raise AdapterError(f"{path} holds values that are not finite", f"{key} has NaN or infinity", "take an earlier checkpoint")
+            raise not_finite(adapter)
+
+
+def not_finite(adapter: Adapter) -> AdapterError:
+    """The error for an adapter that has NaN or infinity somewhere; it finds out where."""
+    for name, weights in adapter.modules.items():
+        for part, tensor in (
+            ("lora_A.weight", weights.a),
+            ("lora_B.weight", weights.b),
+            ("magnitude", weights.magnitude),
+            ("bias", weights.bias),
+        ):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                where = f"{name}.{part}"
+                return AdapterError(f"{adapter.path} holds values that are not finite", f"{where} has NaN or infinity", EARLIER)
+    where = next((name for name, tensor in adapter.saved.items() if not bool(torch.isfinite(tensor).all())), "a row of a trained token")
+    return AdapterError(f"{adapter.path} holds values that are not finite", f"{where} has NaN or infinity", EARLIER)
 
 
 def check_shapes(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) -> None:
@@ -318,7 +291,12 @@ def check_shapes(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) -> N
         if shape != tuple(expected[name]):
             why = f"{name} is {list(shape)} in the adapter and {list(expected[name])} in the base"
             raise AdapterError(f"the adapter in {adapter.path} belongs to another base model", why, fix)
-    for name, tensor in adapter.saved.items():
+    for name, (tokens, rows) in adapter.tokens.items():
+        if name not in expected or rows.shape[1] != expected[name][1] or not 0 <= min(tokens) <= max(tokens) < expected[name][0]:
+            shape = list(expected[name]) if name in expected else "not there"
+            why = f"{name} has trained rows for tokens up to {max(tokens)}, {rows.shape[1]} wide; in the base it is {shape}"
+            raise AdapterError(f"the adapter in {adapter.path} belongs to another base model", why, fix)
+    for name, tensor in (*adapter.saved.items(), *adapter.bases.items()):
         module, _, parameter = name.rpartition(".")
         if parameter != "weight" or tensor.dim() != 2 or module not in expected:
             continue

@@ -33,6 +33,7 @@ class Plan:
 
     updates: dict[str, LoraWeights] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # rows that are replaced
     biases: dict[str, LoraWeights] = field(default_factory=dict)  # LoRA bias, added to the module's own
     untie: bool = False  # embedding and head part
     split: tuple[str, str] | None = None  # (embedding, head) when the head has no tensor of its own yet
@@ -73,20 +74,22 @@ def _names(shards: Shards) -> dict[str, tuple[int, int]]:
 
 def make_plan(adapter: Adapter, shards: Shards, config: dict[str, Any]) -> Plan:
     """Every tensor of the adapter gets its place in the base's checkpoint; AdapterError for those that have none."""
-    plan = Plan(updates=dict(adapter.modules), replaced=dict(adapter.saved), transpose=adapter.config.fan_in_fan_out)
+    plan = Plan(replaced={**adapter.saved, **adapter.bases}, transpose=adapter.config.fan_in_fan_out)
     plan.updates = {name + ".weight": weights for name, weights in adapter.modules.items()}
     for name, weights in adapter.modules.items():
         if weights.bias is not None:
             plan.biases[name + ".bias"] = weights
-    for key, tensor in adapter.saved.items():
+    plan.tokens = {name + ".weight": trained for name, trained in adapter.tokens.items()}
+    for key, tensor in plan.replaced.items():
         if key in shards.tensors and tuple(tensor.shape) != shards.tensors[key].shape:
             why = f"{key} is {list(tensor.shape)} in the adapter and {list(shards.tensors[key].shape)} in the base"
             raise AdapterError(f"the adapter in {adapter.path} belongs to another base model", why, "use the base that it was trained on")
-    wanted = {*plan.updates, *plan.replaced, *plan.biases}
+    wanted = {*plan.updates, *plan.replaced, *plan.biases, *plan.tokens}
     head = "lm_head.weight"
     embedding = next((key for key in shards.tensors if key.endswith("embed_tokens.weight")), None)
     tied = head not in shards.tensors or bool(config.get("tie_word_embeddings"))
-    if embedding and tied and wanted & {head, embedding}:
+    # Rows of trained tokens stay tied, unless the head has its own.
+    if embedding and tied and (wanted - {*plan.tokens} | {*plan.tokens} - {embedding}) & {head, embedding}:
         _plan_tied(plan, adapter, head)
         if head not in shards.tensors:
             wanted.discard(head)
@@ -118,6 +121,9 @@ def apply(plan: Plan, key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def _new(plan: Plan, key: str, tensor: Tensor) -> Tensor:
     base = plan.replaced.get(key, tensor)
+    if key in plan.tokens:
+        tokens, rows = plan.tokens[key]
+        base = base.index_copy(0, torch.tensor(tokens), rows.to(base.dtype))
     weights = plan.updates.get(key)
     if weights is not None:
         return merged_weight(base, weights, plan.transpose).to(tensor.dtype)

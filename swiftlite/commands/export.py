@@ -108,7 +108,7 @@ def _to_peft(options: Options, checkpoint: Path) -> None:
 def _peft_form(checkpoint: Path) -> Iterator[Path]:
     """The checkpoint as a PEFT directory: itself, or a temporary copy of SWIFT's own layout or of pickled weights."""
     from swiftlite.adapters.convert import to_peft
-    from swiftlite.adapters.directory import CONFIG, WEIGHTS
+    from swiftlite.adapters.files import CONFIG, WEIGHTS
 
     if (checkpoint / CONFIG).is_file() and (checkpoint / WEIGHTS).is_file():
         yield checkpoint
@@ -134,7 +134,7 @@ def _merge(options: Options, checkpoint: Path, told: bool) -> Path:
 
 def _base(options: Options, adapter: Path, told: bool) -> Path:
     """The base model: as told, else the first that is found of what the run's settings and the adapter itself name."""
-    from swiftlite.adapters.directory import read_config
+    from swiftlite.adapters.config import read_config
 
     if told:
         return resolve_model(options.model, options.model_revision, options.use_hf)
