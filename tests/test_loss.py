@@ -11,7 +11,7 @@ from swiftlite.models.loading import load_model
 from swiftlite.models.segments import register
 from swiftlite.train import loss as loss_module
 from swiftlite.train.batches import collate
-from swiftlite.train.loss import Head, TargetLoss, chunked_nll
+from swiftlite.train.loss import Head, TargetLoss, chunked_nll, filler, rounded
 from tests.test_segments import rows
 
 CPU = torch.device("cpu")
@@ -91,3 +91,33 @@ def test_unknown_head_goes_through_the_stock_forward(make_model):
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     keep = torch.tensor(sample.mask[1:])
     assert nll.item() == pytest.approx(F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="sum").item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 100, 500, 1000, 1025])
+def test_filler_keeps_shapes_few(count):
+    total = count + filler(count)
+    assert count <= total <= count * 17 / 16
+    assert total < 32 or total % (1 << total.bit_length() - 6) == 0
+
+
+def test_rounding_for_onednn_changes_nothing(make_model):
+    """bfloat16 on a CPU: a filler document and filler rows of the head leave loss and gradients as they are."""
+    model = load_model(make_model("qwen3"), torch.bfloat16, CPU, register())
+    loss = TargetLoss(model)
+    assert loss.onednn
+    batch = collate(rows(50, 21, 9, 66), CPU)
+    assert rounded(batch).input_ids.shape[1] > batch.input_ids.shape[1]
+    hidden = torch.randn(70, 48).bfloat16().requires_grad_()
+    labels = torch.randint(0, 300, (70,))
+    head = Head(torch.nn.Parameter(torch.randn(300, 48).bfloat16()), torch.bfloat16)
+    chunked_nll(hidden, labels, head)[0].backward()
+    got = [hidden.grad.float(), head.weight.grad.float()]
+    exact, weight = hidden.detach().float().requires_grad_(), head.weight.detach().float().requires_grad_()
+    F.cross_entropy(exact @ weight.T, labels, reduction="sum").backward()
+    for mine, want in zip(got, (exact.grad, weight.grad), strict=True):
+        assert (mine - want).norm() / want.norm() < 0.02
+    value, hits = loss(batch)
+    loss.onednn = False
+    plain, plain_hits = loss(batch)
+    assert value.item() == pytest.approx(plain.item(), rel=5e-3)
+    assert abs(hits.item() - plain_hits.item()) <= 1

@@ -68,7 +68,7 @@ def attend(
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     lengths = tuple(swift_segments) if swift_segments is not None else (query.shape[2],)
     settings = scaling, dropout, sliding_window, softcap
-    layout = _layout(lengths, query.device)
+    layout = _layout(lengths, query.device, onednn=kind == "cpu" and query.dtype == torch.bfloat16)
     if layout is None:
         outputs = [
             _segment(q, k, v, *settings)
@@ -96,18 +96,19 @@ class _Layout:
 
 
 @lru_cache(maxsize=8)  # the layers of a pass, and its recomputation, ask for the same one
-def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout | None:
-    """None: too few short documents to gain from it."""
-    if sum(length <= SIDE_BY_SIDE for length in lengths) < 4:
+def _layout(lengths: tuple[int, ...], device: torch.device, onednn: bool) -> _Layout | None:
+    """None: too few short documents to gain from it. `onednn`: lengths are rounded up, because oneDNN compiles a kernel for
+    every new shape of a bfloat16 product and keeps it (a gigabyte within 50 steps of mixed lengths)."""
+    if not onednn and sum(length <= SIDE_BY_SIDE for length in lengths) < 4:
         return None
-    groups: dict[tuple[int, int], list[int]] = {}  # a long document is a group of its own
+    groups: dict[tuple[int, int], list[int]] = {}
     for number, length in enumerate(lengths):
-        short = length <= SIDE_BY_SIDE
-        groups.setdefault((-(-length // STEP) * STEP, -1) if short else (length, number), []).append(number)
+        rounded = -(-length // STEP) * STEP
+        short = length <= SIDE_BY_SIDE  # a long document is a group of its own
+        groups.setdefault((rounded, -1) if short else (rounded if onednn else length, number), []).append(number)
     starts = [0, *accumulate(lengths)]
     shapes, token, place, at = [], [], torch.empty(starts[-1], dtype=torch.long), 0
-    for documents in groups.values():
-        longest = max(lengths[number] for number in documents)
+    for (longest, _), documents in groups.items():
         shapes.append((len(documents), longest))
         for number in documents:
             start, length = starts[number], lengths[number]
