@@ -94,7 +94,10 @@ class TrainOptions:
     add_version: bool = opt(True, "make a new vN-<time> folder per run; false: write straight into --output_dir")
     num_train_epochs: float = opt(1.0, "passes over the data")
     max_steps: int = opt(-1, "stop after this many optimizer steps (-1: by epochs)")
-    per_device_train_batch_size: int = opt(1, "rows a forward pass; with --packing, the token budget of so many rows of mean length")
+    per_device_train_batch_size: int = opt(
+        1, "rows a forward pass; with --packing, the token budget of so many rows of mean length; chosen when neither this nor "
+        "--gradient_accumulation_steps is given"
+    )  # fmt: skip
     per_device_eval_batch_size: int = opt(1, "rows a forward pass in evaluation")
     gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default: about 16 rows a step")
     packing: bool = opt(True, "fill every forward pass with whole rows up to its token budget; rows never see each other")
