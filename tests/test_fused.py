@@ -10,10 +10,13 @@ from test_runner import CPU, Item, Seq, make_runner, prompts_for
 from torch import nn
 from torch.nn import functional as F
 
+from swiftlite.engine.bridge import NAME, Bridge
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.fused import Kernels, _fuse_gate, _fuse_norm, _Rope, fuse
+from swiftlite.engine.layers import _trial, fuse_layers
 from swiftlite.engine.native import load_library
 from swiftlite.engine.runner import Runner
+from swiftlite.models.loading import load_model
 
 pytestmark = needs_compiler
 DTYPES = [torch.float32, torch.bfloat16]
@@ -64,7 +67,7 @@ def test_norms(kind: int, dim: int, dtype: torch.dtype) -> None:
         module = Norm(dim, kind, eps).to(dtype).eval()
         stock = module.forward
         with torch.inference_mode():
-            assert _fuse_norm(module, kernels()) == (kind < 3)
+            assert (_fuse_norm(module, kernels()) is not None) == (kind < 3)
             wide = torch.randn(1, 6, 3 * dim + 5).to(dtype)
             for x in (wide[..., :dim], wide[..., dim : 3 * dim].view(1, 6, 2, dim), torch.randn(2, 4, dim).to(dtype)):
                 torch.testing.assert_close(module(x), stock(x), **close(dtype))
@@ -122,9 +125,31 @@ def test_a_fused_model_equals_the_plain_one(family: str, dtype: torch.dtype, mak
 def test_what_is_fused(make_model) -> None:
     """The families that speed matters most for do get the kernels."""
     runner = Runner(make_model("qwen3"), EngineConfig(num_blocks=8), torch.float32, CPU, plain=True)
-    assert fuse(runner.model, load_library()) == {"norms": 3 * 4 + 1, "gates": 3, "ropes": 1, "heads": 0}
+    done = fuse(runner.model, load_library())
+    assert (len(done.norms), len(done.gates), done.ropes, done.heads) == (3 * 4 + 1, 3, 1, 0)
     tied = Runner(make_model("qwen2", hidden_size=64), EngineConfig(num_blocks=8), torch.float32, CPU, plain=True)
-    assert fuse(tied.model, load_library())["heads"] == 1
+    assert fuse(tied.model, load_library()).heads == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", 3), ("qwen2", 3), ("qwen3", 3), ("mistral", 3), ("gemma2", 0), ("granite", 0), ("olmo2", 0)]
+)
+def test_whole_layers(family: str, layers: int, make_model) -> None:
+    """Pre-norm layers run as one; others keep their own forward. Residual multipliers and the like are noticed by the check."""
+    runner = make_runner(make_model(family))
+    assert runner.fused_layers == layers
+
+
+def test_a_layer_that_only_looks_alike_is_restored(make_model) -> None:
+    model = load_model(make_model("llama"), torch.float32, CPU, NAME)
+    layer = model.model.layers[1]
+    stock = layer.forward
+    layer.forward = lambda *args, **kwargs: 0.5 * stock(*args, **kwargs)
+    own, bridge = layer.forward, Bridge(model, CPU)
+    before = _trial(bridge)
+    assert fuse_layers(bridge, fuse(model, load_library())) == 0
+    assert layer.forward is own and "forward" not in vars(model.model.layers[0])
+    torch.testing.assert_close(_trial(bridge), before, rtol=2e-4, atol=2e-4)
 
 
 def test_another_model_of_the_process_is_untouched(make_model) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -24,17 +25,28 @@ class _Args(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "q", "k", "v", "keys", "values", "slots", "tables", "sequences")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "q_norm", "k_norm", "rotated")),
         *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
         *(
             (name, ctypes.c_int32)
             for name in (
                 *("tokens", "num_sequences", "heads", "kv_heads", "key_dim", "value_dim"),
                 *("block_size", "window", "is_bf16", "threads"),
+                "norm_kind",
             )
         ),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap", "eps")),
     )
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorms of q and k heads that the kernel does on the way (see fused.cpp for the kinds)."""
+
+    q: Tensor  # [Dk]
+    k: Tensor  # [Dk]
+    eps: float
+    kind: int
 
 
 class NativeBatch:
@@ -74,12 +86,41 @@ class NativeBatch:
         shape = (q.shape[1], layer.heads, layer.value_dim)
         out = q.new_empty(shape) if self.covered else q.new_zeros(shape)
         args = self.args
+        args.cos = None
         args.out, args.q, args.k, args.v = out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr()
-        args.keys, args.values = self.cache.keys[layer.index].data_ptr(), self.cache.values[layer.index].data_ptr()
         args.q_head, args.q_token = q.stride(0), q.stride(1)
         args.k_head, args.k_token = k.stride(0), k.stride(1)
         args.v_head, args.v_token = v.stride(0), v.stride(1)
+        self._run(layer)
+        return out
+
+    def attend_raw(
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None
+    ) -> Tensor:
+        """The same from the projections as they are: q [1, T, H*Dk], k [1, T, G*Dk], v [1, T, G*Dv], rows may be strided.
+
+        Norms of the heads and the rotation by cos and sin [1, T, Dk] are done by the kernel. Returns [1, T, H*Dv].
+        """
+        assert q.dtype == k.dtype == v.dtype == cos.dtype == self.cache.dtype
+        shape = (1, q.shape[1], layer.heads * layer.value_dim)
+        out = q.new_empty(shape) if self.covered else q.new_zeros(shape)
+        rotated = torch.empty(q.shape, dtype=q.dtype)
+        args = self.args
+        args.cos, args.sin, args.rotated = cos.data_ptr(), sin.data_ptr(), rotated.data_ptr()
+        if norms is None:
+            args.q_norm = args.k_norm = None
+        else:
+            args.q_norm, args.k_norm, args.eps, args.norm_kind = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.kind
+        args.out, args.q, args.k, args.v = out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr()
+        args.q_head, args.q_token = layer.head_dim, q.stride(1)
+        args.k_head, args.k_token = layer.head_dim, k.stride(1)
+        args.v_head, args.v_token = layer.value_dim, v.stride(1)
+        self._run(layer)
+        return out
+
+    def _run(self, layer: AttentionLayer) -> None:
+        args = self.args
+        args.keys, args.values = self.cache.keys[layer.index].data_ptr(), self.cache.values[layer.index].data_ptr()
         args.heads, args.kv_heads, args.key_dim, args.value_dim = layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim
         args.window, args.scale, args.softcap = layer.window or 0, layer.scale, layer.softcap or 0.0
         self.function(self.pointer)
-        return out

@@ -90,7 +90,7 @@ class ForwardBatch:
 
 
 @dataclass
-class _Pages:
+class Pages:
     """A batch on its way through the layers."""
 
     bridge: Bridge
@@ -296,7 +296,7 @@ class Bridge:
                 position_ids=batch.position_ids[None],
                 use_cache=False,
                 logits_to_keep=batch.logits_index,
-                swift_pages=_Pages(self, cache, batch, native),
+                swift_pages=Pages(self, cache, batch, native),
             )
             return output.logits[0]
 

@@ -1,25 +1,8 @@
 // Small steps of a decoder layer in one pass each, and the product with a plain (shared, unpacked) weight for few rows.
 // Each repeats the rounding of the eager torch code that it replaces; fused.py checks that at load.
-#include <cmath>
-
-#include "vectors.h"
+#include "steps.h"
 
 namespace {
-
-enum NormKind { ROUND_THEN_WEIGHT = 0, WEIGHT_IN_FLOAT = 1, ONE_PLUS_WEIGHT = 2 };
-
-INLINE v16f rounded(v16f x, const float*) { return x; }
-INLINE v16f rounded(v16f x, const bf16*) {
-    bf16 h[16];
-    store(h, x);
-    return load(h);
-}
-INLINE float rounded1(float x, const float*) { return x; }
-INLINE float rounded1(float x, const bf16*) {
-    bf16 h;
-    put(&h, x);
-    return to_float(h);
-}
 
 // out[rows][dim] = x / rms(x) * w; x rows are (row / inner) * outer_stride + (row % inner) * inner_stride apart.
 template <class T>
@@ -27,28 +10,21 @@ void rms_norm(T* out, const T* x, const T* w, int64_t rows, int64_t inner, int64
               int kind, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > 32768)
     for (int64_t row = 0; row < rows; row++) {
-        const T* from = x + row / inner * outer_stride + row % inner * inner_stride;
-        T* to = out + row * dim;
-        v16f squares = {}, more = {};
+        norm_row(out + row * dim, x + row / inner * outer_stride + row % inner * inner_stride, w, dim, eps, kind);
+    }
+}
+
+// total = a + b, rounded; out = norm of total; rows contiguous
+template <class T>
+void add_norm(T* out, T* total, const T* a, const T* b, const T* w, int64_t rows, int dim, float eps, int kind, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > 32768)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *x = a + row * dim, *y = b + row * dim;
+        T* to = total + row * dim;
         int d = 0;
-        for (; d + 32 <= dim; d += 32) {
-            v16f a = load(from + d), b = load(from + d + 16);
-            squares += a * a, more += b * b;
-        }
-        float total = sum(squares + more);
-        for (; d < dim; d++) total += to_float(from[d]) * to_float(from[d]);
-        const float factor = 1.0f / std::sqrt(total / dim + eps);
-        d = 0;
-        for (; d + 16 <= dim; d += 16) {
-            v16f y = load(from + d) * factor, weight = load(w + d);
-            if (kind == ROUND_THEN_WEIGHT) y = rounded(y, to);
-            store(to + d, y * (kind == ONE_PLUS_WEIGHT ? weight + 1.0f : weight));
-        }
-        for (; d < dim; d++) {
-            float y = to_float(from[d]) * factor, weight = to_float(w[d]);
-            if (kind == ROUND_THEN_WEIGHT) y = rounded1(y, to);
-            put(to + d, y * (kind == ONE_PLUS_WEIGHT ? weight + 1.0f : weight));
-        }
+        for (; d + 16 <= dim; d += 16) store(to + d, load(x + d) + load(y + d));
+        for (; d < dim; d++) put(to + d, to_float(x[d]) + to_float(y[d]));
+        norm_row(out + row * dim, to, w, dim, eps, kind);
     }
 }
 
@@ -78,23 +54,11 @@ void silu_mul(T* out, const T* gate, const T* up, int64_t rows, int64_t gate_str
 template <class T>
 void rope(T* out, const T* x, const T* cos, const T* sin, int64_t tokens, int heads, int dim, int64_t token_stride, int64_t head_stride,
           int threads) {
-    const int half = dim / 2;
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * dim > 32768)
     for (int64_t i = 0; i < tokens * heads; i++) {
         const int64_t token = i / heads;
-        const T *from = x + token * token_stride + i % heads * head_stride, *c = cos + token * dim, *s = sin + token * dim;
-        T* to = out + i * dim;
-        int d = 0;
-        for (; d + 16 <= half; d += 16) {
-            v16f a = load(from + d), b = load(from + half + d);
-            store(to + d, rounded(a * load(c + d), to) - rounded(b * load(s + d), to));
-            store(to + half + d, rounded(b * load(c + half + d), to) + rounded(a * load(s + half + d), to));
-        }
-        for (; d < half; d++) {
-            float a = to_float(from[d]), b = to_float(from[half + d]);
-            put(to + d, rounded1(a * to_float(c[d]), to) - rounded1(b * to_float(s[d]), to));
-            put(to + half + d, rounded1(b * to_float(c[half + d]), to) + rounded1(a * to_float(s[half + d]), to));
-        }
+        const T* from = x + token * token_stride + i % heads * head_stride;
+        rope_row(out + i * dim, from, cos + token * dim, sin + token * dim, dim);
     }
 }
 
@@ -193,6 +157,11 @@ void swift_rms_norm(int is_bf16, void* out, const void* x, const void* w, int64_
                     int64_t inner_stride, int dim, float eps, int kind, int threads) {
     BOTH(rms_norm((bf16*)out, (const bf16*)x, (const bf16*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads),
          rms_norm((float*)out, (const float*)x, (const float*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads))
+}
+void swift_add_norm(int is_bf16, void* out, void* total, const void* a, const void* b, const void* w, int64_t rows, int dim, float eps,
+                    int kind, int threads) {
+    BOTH(add_norm((bf16*)out, (bf16*)total, (const bf16*)a, (const bf16*)b, (const bf16*)w, rows, dim, eps, kind, threads),
+         add_norm((float*)out, (float*)total, (const float*)a, (const float*)b, (const float*)w, rows, dim, eps, kind, threads))
 }
 void swift_silu_mul(int is_bf16, void* out, const void* gate, const void* up, int64_t rows, int64_t gate_stride, int64_t up_stride, int dim,
                     int threads) {

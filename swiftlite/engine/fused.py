@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 NORM_KINDS = 3  # see fused.cpp
+GATE_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 FEW_ROWS = 16  # beyond, oneDNN's product is faster even on a plain weight
 
 
@@ -32,6 +33,7 @@ class Kernels:
         flag, pointer, long, integer, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
         lib = self.library
         lib.swift_rms_norm.argtypes = [flag, *[pointer] * 3, *[long] * 4, integer, real, integer, integer]
+        lib.swift_add_norm.argtypes = [flag, *[pointer] * 5, long, integer, real, integer, integer]
         lib.swift_silu_mul.argtypes = [flag, *[pointer] * 3, *[long] * 3, integer, integer]
         lib.swift_rope.argtypes = [flag, *[pointer] * 4, long, integer, integer, long, long, integer]
         lib.swift_few_rows.argtypes = [flag, *[pointer] * 3, integer, long, integer, integer]
@@ -49,6 +51,16 @@ class Kernels:
             dim, eps, kind, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def add_norm(self, a: Tensor, b: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(a + b, its norm) for contiguous [1, T, D]."""
+        a, b = a.contiguous(), b.contiguous()
+        total, out = torch.empty_like(a), torch.empty_like(a)
+        self.library.swift_add_norm(
+            a.dtype == torch.bfloat16, out.data_ptr(), total.data_ptr(), a.data_ptr(), b.data_ptr(), norm.weight.data_ptr(),
+            a.shape[1], a.shape[2], norm.eps, norm.kind, torch.get_num_threads(),
+        )  # fmt: skip
+        return total, out
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up for [1, T, D]; rows may be strided."""
@@ -80,18 +92,40 @@ class Kernels:
         return out
 
 
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm that the kernels do: x / rms(x) * weight, rounded as `kind` says (see steps.h)."""
+
+    weight: Tensor  # [D]
+    eps: float
+    kind: int
+
+
+@dataclass
+class Fused:
+    """What was replaced in a model."""
+
+    kernels: Kernels
+    norms: dict[nn.Module, Norm] = field(default_factory=dict)
+    gates: set[nn.Module] = field(default_factory=set)
+    ropes: int = 0
+    heads: int = 0
+
+
 @torch.inference_mode()
-def fuse(model: PreTrainedModel, library: ctypes.CDLL) -> dict[str, int]:
-    """Replace what the kernels do equally; returns how many modules of each kind."""
+def fuse(model: PreTrainedModel, library: ctypes.CDLL) -> Fused:
+    """Replace what the kernels do equally."""
     kernels = Kernels(library)
-    done = {"norms": 0, "gates": 0, "ropes": 0, "heads": 0}
+    done = Fused(kernels)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            done["norms"] += _fuse_norm(module, kernels)
-        elif {"gate_proj", "up_proj", "down_proj", "act_fn"} == {name for name, _ in module.named_children()}:
-            done["gates"] += _fuse_gate(module, kernels, model.dtype)
-    done["ropes"] = _fuse_rope(model, kernels)
-    done["heads"] = _fuse_head(model, kernels)
+            norm = _fuse_norm(module, kernels)
+            if norm is not None:
+                done.norms[module] = norm
+        elif {name for name, _ in module.named_children()} == GATE_PARTS and _fuse_gate(module, kernels, model.dtype):
+            done.gates.add(module)
+    done.ropes = _fuse_rope(model, kernels)
+    done.heads = _fuse_head(model, kernels)
     return done
 
 
@@ -113,18 +147,18 @@ def _takes(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype and x.ndim in (3, 4) and x.shape[0] == 1 and x.stride(-1) == 1
 
 
-def _fuse_norm(module: nn.Module, kernels: Kernels) -> bool:
+def _fuse_norm(module: nn.Module, kernels: Kernels) -> Norm | None:
     weights = dict(module.named_parameters())
     scalars = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 0.1}
     if set(weights) != {"weight"} or weights["weight"].ndim != 1 or len(scalars) != 1:
-        return False
+        return None
     weight, eps = weights["weight"].detach(), scalars.pop()
     stock: Callable[[Tensor], Tensor] = module.forward
     probes = _probes(1, 5, 3, weight.shape[0], dtype=weight.dtype)
     try:
         wanted = [stock(x) for x in probes]
     except (RuntimeError, TypeError):  # it wants other arguments
-        return False
+        return None
     for kind in range(NORM_KINDS):
         if all(_same(kernels.rms_norm(x, weight, eps, kind), y) for x, y in zip(probes, wanted, strict=True) if y.dtype == x.dtype):
 
@@ -132,8 +166,8 @@ def _fuse_norm(module: nn.Module, kernels: Kernels) -> bool:
                 return kernels.rms_norm(x, weight, eps, kind) if _takes(x, weight.dtype) else stock(x)
 
             module.forward = forward  # type: ignore[method-assign]
-            return True
-    return False
+            return Norm(weight, eps, kind)
+    return None
 
 
 def _fuse_gate(module: nn.Module, kernels: Kernels, dtype: torch.dtype) -> bool:

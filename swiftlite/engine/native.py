@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = ("paged_attention.cpp", "fused.cpp")
-HEADERS = ("vectors.h",)
+HEADERS = ("vectors.h", "steps.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 
 

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <vector>
 
-#include "vectors.h"
+#include "steps.h"
 
 namespace {
 
@@ -21,9 +21,14 @@ struct Args {
     const int64_t* slots;  // [T]; -1: not stored
     const int32_t* tables;  // block tables, one after another
     const int32_t* sequences;  // [n][4]: query_start, query_len, context_len, offset of its table
+    // When cos is given, q and k come before norm and rotation: both are done on the way, q into `rotated` [T, H, Dk].
+    const void *cos, *sin;  // [T, Dk]
+    const void *q_norm, *k_norm;  // [Dk], or nullptr: no norm
+    void* rotated;
     int64_t q_token, q_head, k_token, k_head, v_token, v_head;
     int32_t tokens, num_sequences, heads, kv_heads, key_dim, value_dim, block_size, window, is_bf16, threads;  // window 0: none
-    float scale, softcap;  // softcap 0: none
+    int32_t norm_kind;
+    float scale, softcap, eps;  // softcap 0: none
 };
 
 struct Task {
@@ -410,7 +415,19 @@ INLINE void tile_of(const Args& a, const Task& task, std::vector<float>& scratch
 // ---- tasks ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-void attend(const Args& a) {
+INLINE void prepare_row(const Args& a, T* to, const T* from, const void* norm, int64_t token) {
+    if (norm) {
+        norm_row(to, from, (const T*)norm, a.key_dim, a.eps, a.norm_kind);
+        from = to;
+    }
+    rope_row(to, from, (const T*)a.cos + token * a.key_dim, (const T*)a.sin + token * a.key_dim, a.key_dim);
+}
+
+template <class T>
+void attend(Args a) {
+    const T* raw_q = (const T*)a.q;
+    const int64_t raw_token = a.q_token, raw_head = a.q_head;
+    if (a.cos) a.q = a.rotated, a.q_token = (int64_t)a.heads * a.key_dim, a.q_head = a.key_dim;
     const int group = a.heads / a.kv_heads, few = 8, per_tile = std::max(1, ROWS / group);
     int64_t cached = 0;
     for (int i = 0; i < a.num_sequences; i++) {
@@ -454,12 +471,23 @@ void attend(const Args& a) {
     const int64_t pairs = (int64_t)a.tokens * a.kv_heads, total = tasks.size(), joined = merges.size();
 #pragma omp parallel num_threads(a.threads)
     {
+        if (a.cos) {
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < (int64_t)a.tokens * a.heads; i++) {
+                const int64_t token = i / a.heads, head = i % a.heads;
+                prepare_row(a, (T*)a.rotated + i * a.key_dim, raw_q + token * raw_token + head * raw_head, a.q_norm, token);
+            }
+        }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < pairs; i++) {
             const int64_t token = i / a.kv_heads, head = i % a.kv_heads, slot = a.slots[token];
             if (slot < 0) continue;
             const int64_t row = (slot / a.block_size * a.kv_heads + head) * a.block_size + slot % a.block_size;
-            memcpy((T*)a.keys + row * a.key_dim, (const T*)a.k + token * a.k_token + head * a.k_head, a.key_dim * sizeof(T));
+            const T* k = (const T*)a.k + token * a.k_token + head * a.k_head;
+            if (a.cos)
+                prepare_row(a, (T*)a.keys + row * a.key_dim, k, a.k_norm, token);
+            else
+                memcpy((T*)a.keys + row * a.key_dim, k, a.key_dim * sizeof(T));
             memcpy((T*)a.values + row * a.value_dim, (const T*)a.v + token * a.v_token + head * a.v_head, a.value_dim * sizeof(T));
         }
         static thread_local std::vector<float> scratch;

@@ -20,6 +20,7 @@ from swiftlite.engine.bridge import NAME, Bridge, ForwardBatch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.fused import fuse
 from swiftlite.engine.kv import KVCache, available_memory
+from swiftlite.engine.layers import fuse_layers
 from swiftlite.engine.lora import LoraManager
 from swiftlite.errors import ModelError
 from swiftlite.models.loading import load_model
@@ -45,8 +46,9 @@ class Runner:
         self.bridge = Bridge(self.model, device, config.max_model_len, kernels=not plain)
         if not plain and can_pack(dtype, device):
             pack_linears(self.model, self.bridge.shared_inputs)
+        self.fused_layers = 0
         if self.bridge.library is not None:
-            fuse(self.model, self.bridge.library)
+            self.fused_layers = fuse_layers(self.bridge, fuse(self.model, self.bridge.library))
         self.max_model_len = self.bridge.max_model_len
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
         self.num_blocks = self._size_cache()

@@ -66,6 +66,7 @@ class FusedPart(nn.Linear):
         nn.Module.__init__(self)
         self.fused, self.index = fused, index
         self.in_features, self.out_features = in_features, fused.widths[index]
+        self.register_parameter("bias", None)  # it is in the fused product; nn.Linear's repr asks
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused.part(self.index, x)
