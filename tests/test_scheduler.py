@@ -1,4 +1,7 @@
-"""Scheduler: a fuzz against a model of the KV cache that knows what every slot must hold, and the promises one by one."""
+"""Scheduler: a fuzz against a model of the KV cache that knows what every slot must hold, and the promises one by one.
+
+The fuzz includes forks, beam searches whose beams branch and die, drafts that are kept in part, aborts and adapters.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from swiftlite.engine.beam import BeamSearch
 from swiftlite.engine.blocks import BlockPool
 from swiftlite.engine.request import Request, SamplingParams, Sequence
+from swiftlite.engine.sampler import SamplingState
 from swiftlite.engine.scheduler import PROMPT_LOGPROBS_CHUNK, Scheduler
+from swiftlite.engine.spec import NgramIndex, count_accepted
 
 BLOCK = 4
+END = 9  # ends a beam
 
 
 @dataclass
@@ -24,29 +31,51 @@ class World:
     max_num_seqs: int = 8
     budget: int = 16
     caching: bool = True
+    speculate: int = 0
     slots: dict[int, tuple] = field(default_factory=dict)
     numbers: itertools.count = field(default_factory=itertools.count)
+    chance: random.Random = field(default_factory=lambda: random.Random(0))  # of beams and of drafts' verdicts
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, BLOCK, self.caching)
-        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.budget)
+        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.budget, self.speculate)
+        self.proposed = self.accepted = self.searches = 0
         self.live: list[Request] = []
         self.admitted: list[Sequence] = []  # in order of their first step
 
-    def add(self, prompt: list[int], answer: int = 4, n: int = 1, adapter: str | None = None, prompt_logprobs: bool = False) -> Request:
+    def add(
+        self,
+        prompt: list[int],
+        answer: int = 4,
+        n: int = 1,
+        adapter: str | None = None,
+        prompt_logprobs: bool = False,
+        beams: int = 0,
+    ) -> Request:
         version = SimpleNamespace(digest=adapter) if adapter else None
         number = next(self.numbers)
-        request = Request(str(number), None, prompt, SamplingParams(n=n), version, frozenset(), 0.0, None)
-        request.siblings_pending = n > 1
+        params = SamplingParams(n=n, use_beam_search=True, best_of=beams) if beams else SamplingParams(n=n)
+        request = Request(str(number), None, prompt, params, version, frozenset([END] if beams else []), 0.0, None)
+        request.siblings_pending = n > 1 and not beams
         request.prompt_logprobs = [None] if prompt_logprobs else None
-        for index in range(n):
-            seq = Sequence(request, index, list(prompt), len(prompt), len(prompt) + answer, version, None, None, number * 1000 + index)
-            request.sequences.append(seq)
+
+        def sequence(index: int) -> Sequence:
+            state = SamplingState(params, prompt, index)
+            return Sequence(request, index, list(prompt), len(prompt), len(prompt) + answer, version, state, None, number * 1000 + index)
+
+        request.sequences = [sequence(index) for index in range(n)]
+        if beams:
+            request.beam = BeamSearch(request, sequence(0))
+        elif self.speculate:
+            for seq in request.sequences:
+                seq.ngrams = NgramIndex(prompt, self.speculate)
         self.live.append(request)
-        self.scheduler.add(request.sequences[0])
+        self.scheduler.add(request.beam.beams[0] if beams else request.sequences[0])
         return request
 
     def abort(self, request: Request) -> None:
+        if request.beam is not None:
+            self.scheduler.remove(request.beam.beams)
         self.scheduler.remove([seq for seq in request.sequences if seq.finish_reason is None])
         self.live.remove(request)
 
@@ -74,22 +103,24 @@ class World:
                 slot = self.slot(item.seq, position)
                 assert slot not in written, "two sequences write one slot"
                 written.add(slot)
-                self.slots[slot] = self.key(item.seq, position)
+                self.slots[slot] = self.key(item.seq, position, item.draft)
         for item in batch:
-            self.expect(item.seq, 0, item.start + item.count)
+            self.expect(item.seq, 0, item.start + item.count, item.draft)
+        allocated, empty = self.scheduler.count_slots()
+        assert 0 <= empty <= allocated == BLOCK * (self.num_blocks - self.pool.num_free)
         self.finish(batch, token)
         self.scheduler.check()
         return batch
 
-    def key(self, seq: Sequence, position: int) -> tuple:
-        return (seq.adapter.digest if seq.adapter else None, *seq.token_ids[: position + 1])
+    def key(self, seq: Sequence, position: int, draft=()) -> tuple:
+        return (seq.adapter.digest if seq.adapter else None, *[*seq.token_ids, *draft][: position + 1])
 
     def slot(self, seq: Sequence, position: int) -> int:
         return seq.block_table[position // BLOCK] * BLOCK + position % BLOCK
 
-    def expect(self, seq: Sequence, start: int, end: int) -> None:
+    def expect(self, seq: Sequence, start: int, end: int, draft=()) -> None:
         for position in range(start, end):
-            assert self.slots.get(self.slot(seq, position)) == self.key(seq, position), "a sequence reads K/V that is not its own"
+            assert self.slots.get(self.slot(seq, position)) == self.key(seq, position, draft), "a sequence reads K/V that is not its own"
 
     def finish(self, batch, token) -> None:
         ended = []
@@ -105,6 +136,21 @@ class World:
                 request.prompt_logprobs += [0] * (min(item.start + item.count + 1, seq.prompt_len) - known)
             if item.start + item.count < len(seq.token_ids):
                 continue
+            if request.beam is not None:
+                self.search(seq)
+                continue
+            if item.draft:
+                tokens = [token(seq) if self.chance.random() < 0.3 else guess for guess in item.draft] + [token(seq)]
+                kept = count_accepted(item.draft, tokens)
+                self.proposed, self.accepted = self.proposed + len(item.draft), self.accepted + kept
+                seq.token_ids += tokens[: kept + 1]
+                if len(seq.token_ids) >= seq.max_len:
+                    seq.finish_reason = "length"
+                    ended.append(seq)
+                else:
+                    self.scheduler.keep(seq)
+                    seq.ngrams.learn(len(item.draft), kept, self.speculate)
+                continue
             group = [seq]
             if request.siblings_pending:
                 request.siblings_pending = False
@@ -117,6 +163,18 @@ class World:
         self.scheduler.remove(ended)
         self.live = [request for request in self.live if not all(seq.finish_reason for seq in request.sequences)]
 
+    def search(self, beam: Sequence) -> None:
+        """Continuations with random scores, so that beams branch, die and end at random."""
+        request, rng = beam.request, self.chance
+        scores = sorted((rng.uniform(-5, 0) for _ in range(request.beam.candidates)), reverse=True)
+        tokens = [END if rng.random() < 0.1 else rng.randrange(3) for _ in scores]
+        if request.beam.take(beam, tokens, scores):
+            lengths = {len(one.token_ids) for one in request.beam.beams}
+            assert len(lengths) == 1, "beams are equally long"
+            if not request.beam.advance(self.scheduler):
+                self.searches += 1
+                request.beam.settle()
+
     def run(self, most: int = 10_000, token=lambda seq: 1) -> int:
         for steps in range(most):
             if self.scheduler.idle:
@@ -126,12 +184,16 @@ class World:
         raise AssertionError("no end in sight")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(10))
 def test_fuzz(seed: int):
-    """Thousands of steps with forks, aborts at any stage, adapters, shared prefixes and too few blocks."""
+    """Thousands of steps with forks, beams, drafts, aborts at any stage, adapters, shared prefixes and too few blocks."""
     rng = random.Random(seed)
     world = World(
-        num_blocks=rng.choice([12, 20, 40]), max_num_seqs=rng.choice([3, 8]), budget=rng.choice([5, 16, 64]), caching=rng.random() < 0.8
+        num_blocks=rng.choice([12, 20, 40]),
+        max_num_seqs=rng.choice([3, 8]),
+        budget=rng.choice([5, 16, 64]),
+        caching=rng.random() < 0.8,
+        speculate=rng.choice([0, 3, 6]),
     )
     room = world.num_blocks * BLOCK
     stems = [[rng.randrange(5) for _ in range(16)] for _ in range(3)]
@@ -142,13 +204,15 @@ def test_fuzz(seed: int):
             answer = rng.randint(1, min(20, room - len(prompt)))
             n = rng.choice([1, 1, 1, 2, 4])
             forks += n > 1
-            world.add(prompt, answer, n, rng.choice([None, None, "a", "b"]), prompt_logprobs=rng.random() < 0.1)
+            beams = rng.choice([0, 0, 0, n, n + 2])
+            world.add(prompt, answer, n, rng.choice([None, None, "a", "b"]), prompt_logprobs=rng.random() < 0.1, beams=beams)
         if world.live and rng.random() < 0.04:
             world.abort(rng.choice(world.live))
         if not world.scheduler.idle:
             world.step(lambda seq: rng.randrange(3))
     world.run(token=lambda seq: rng.randrange(3))
-    assert forks > 20
+    assert forks > 20 and world.searches > 20
+    assert (0 < world.accepted < world.proposed) == bool(world.speculate)
     if world.num_blocks == 12 and world.max_num_seqs == 8:
         assert world.scheduler.num_preemptions > 0
 
