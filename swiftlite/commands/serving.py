@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_LORA = "default-lora"  # SWIFT's name for the adapter of --ckpt_dir
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 ENGINE_FLAGS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "enable_prefix_caching", "gpu_memory_utilization",
-                "max_lora_rank", "speculate_ngram")  # fmt: skip
+                "enforce_eager", "max_lora_rank", "speculate_ngram")  # fmt: skip
 SAMPLING_FLAGS = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty",
     "stop_words": "stop", "max_new_tokens": "max_tokens",

@@ -55,6 +55,7 @@ ALIASES: dict[str, str] = {
     "vllm_max_num_seqs": "max_num_seqs",
     "vllm_max_lora_rank": "max_lora_rank",
     "vllm_gpu_memory_utilization": "gpu_memory_utilization",
+    "vllm_enforce_eager": "enforce_eager",
     "vllm_tensor_parallel_size": "tensor_parallel_size",
     "vllm_enable_prefix_caching": "enable_prefix_caching",
     "max_num_tokens": "max_num_batched_tokens",
@@ -96,6 +97,4 @@ NO_EFFECT: dict[str, str] = {
     "save_strategy": "set --save_steps",
     "eval_strategy": "set --eval_steps",
     "save_safetensors": "always",
-    "enforce_eager": "chosen by device",
-    "vllm_enforce_eager": "chosen by device",
 }

@@ -147,6 +147,7 @@ class EngineOptions:
     enable_prefix_caching: bool = opt(True, "reuse the KV blocks of shared prompt beginnings")
     kv_cache_memory: float | None = opt(None, "GiB for the KV cache; default: from what is free")
     gpu_memory_utilization: float = opt(0.9, "share of the GPU's memory that the engine may use")
+    enforce_eager: bool = opt(False, "no CUDA graphs: each decode step is launched kernel by kernel")
     max_lora_rank: int = opt(512, "largest adapter rank that is accepted")
     speculate_ngram: int = opt(
         0, "guess up to so many tokens a step from what the text repeats; greedy answers stay the same, come faster (0: off)"
