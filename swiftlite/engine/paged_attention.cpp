@@ -41,13 +41,21 @@ struct Task {
     int64_t cost;
 };
 
-constexpr int ROWS = 64, KEYS = 64, CHUNK = 128;
+constexpr int ROWS = 64, KEYS = 64, CHUNK = 256;
 constexpr float NEVER = -1e30f;  // below any score, and finite
+// of two vectors of 32 halves: pairs of the first 16 (plus 16: of the second 16)
+alignas(64) const uint16_t INTERLEAVE[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                             8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
+// Pointers to the K and V rows of `count` tokens from position `begin` on.
 template <class T>
-INLINE const T* row_of(const Args& a, const void* pool, const int32_t* table, int head, int position, int dim) {
-    int64_t block = table[position / a.block_size];
-    return (const T*)pool + ((block * a.kv_heads + head) * a.block_size + position % a.block_size) * dim;
+INLINE void fill_rows(const Args& a, const Task& task, int begin, int count, const T** k, const T** v) {
+    int index = begin / a.block_size, offset = begin % a.block_size;
+    for (int t = 0; t < count; index++, offset = 0) {
+        const int64_t row = ((int64_t)task.table[index] * a.kv_heads + task.head) * a.block_size + offset;
+        const T *key = (const T*)a.keys + row * a.key_dim, *value = (const T*)a.values + row * a.value_dim;
+        for (; offset < a.block_size && t < count; offset++, t++, key += a.key_dim, value += a.value_dim) k[t] = key, v[t] = value;
+    }
 }
 
 INLINE v16f finish_scores(v16f s, const Args& a) {
@@ -68,42 +76,96 @@ INLINE float dot(const T* x, const T* y, int dim) {
 }
 
 #ifdef __AVX512BF16__
-// Scores of up to two query heads against one key, 32 | dim <= 256.
+// Scores of R query heads (1, 2, 4, 8 or 16) against count keys (rows k; up to 15 pointers beyond are readable), 32 * DIM32 wide.
 template <int DIM32, int R>
-INLINE void dots(const bf16* const* q, const bf16* k, float* s, int stride) {
-    __m512 acc[R];
-    for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
-    for (int i = 0; i < DIM32; i++) {
-        __m512bh kv = (__m512bh)_mm512_loadu_si512(k + 32 * i);
-        for (int r = 0; r < R; r++) acc[r] = _mm512_dpbf16_ps(acc[r], (__m512bh)_mm512_loadu_si512(q[r] + 32 * i), kv);
+void scores_of(const bf16* const* q, const bf16* const* k, int count, float* s) {
+    constexpr int TOKENS = 16 / R;
+    for (int t = 0; t < count; t += TOKENS) {
+        v16f acc[16] = {};
+        for (int i = 0; i < DIM32; i++) {
+            __m512bh rows[R];
+            for (int r = 0; r < R; r++) rows[r] = (__m512bh)_mm512_loadu_si512(q[r] + 32 * i);
+            for (int j = 0; j < TOKENS; j++) {
+                const __m512bh key = (__m512bh)_mm512_loadu_si512(k[t + j] + 32 * i);
+                for (int r = 0; r < R; r++) acc[r * TOKENS + j] = (v16f)_mm512_dpbf16_ps((__m512)acc[r * TOKENS + j], rows[r], key);
+            }
+        }
+        float all[16];
+        store(all, sums(acc));
+        for (int r = 0; r < R; r++) memcpy(s + r * CHUNK + t, all + r * TOKENS, TOKENS * sizeof(float));
     }
-    for (int r = 0; r < R; r++) s[r * stride] = _mm512_reduce_add_ps(acc[r]);
 }
 
 template <int DIM32>
-void scores_of(const bf16* const* q, int group, const bf16* const* k, int count, float* s) {
-    for (int t = 0; t < count; t++) {
-        int r = 0;
-        for (; r + 4 <= group; r += 4) dots<DIM32, 4>(q + r, k[t], s + r * CHUNK + t, CHUNK);
-        for (; r + 2 <= group; r += 2) dots<DIM32, 2>(q + r, k[t], s + r * CHUNK + t, CHUNK);
-        for (; r < group; r++) dots<DIM32, 1>(q + r, k[t], s + r * CHUNK + t, CHUNK);
-    }
+void scores_by_heads(const bf16* const* q, int group, const bf16* const* k, int count, float* s) {
+    int r = 0;
+    for (; r + 4 <= group; r += 4) scores_of<DIM32, 4>(q + r, k, count, s + r * CHUNK);
+    for (; r + 2 <= group; r += 2) scores_of<DIM32, 2>(q + r, k, count, s + r * CHUNK);
+    for (; r < group; r++) scores_of<DIM32, 1>(q + r, k, count, s + r * CHUNK);
 }
 
 bool fast_scores(const bf16* const* q, int group, const bf16* const* k, int count, float* s, int dim) {
     switch (dim) {
-        case 64: scores_of<2>(q, group, k, count, s); return true;
-        case 96: scores_of<3>(q, group, k, count, s); return true;
-        case 128: scores_of<4>(q, group, k, count, s); return true;
-        case 192: scores_of<6>(q, group, k, count, s); return true;
-        case 256: scores_of<8>(q, group, k, count, s); return true;
+        case 64: scores_by_heads<2>(q, group, k, count, s); return true;
+        case 96: scores_by_heads<3>(q, group, k, count, s); return true;
+        case 128: scores_by_heads<4>(q, group, k, count, s); return true;
+        case 192: scores_by_heads<6>(q, group, k, count, s); return true;
+        case 256: scores_by_heads<8>(q, group, k, count, s); return true;
         default: return false;
     }
 }
+
+// acc[R][32 * N columns from d] += p[R][count] * v[count], p rounded to bfloat16; 2 | count
+template <int N, int R>
+INLINE void mix_pairs(float* acc, int stride, const bf16* p, const bf16* const* v, int d, int count, __m512i first, __m512i second) {
+    __m512 sums[R][2 * N];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < 2 * N; n++) sums[r][n] = _mm512_loadu_ps(acc + r * stride + d + 16 * n);
+    for (int t = 0; t < count; t += 2) {
+        __m512bh values[2 * N];
+        for (int n = 0; n < N; n++) {
+            const __m512i x = _mm512_loadu_si512(v[t] + d + 32 * n), y = _mm512_loadu_si512(v[t + 1] + d + 32 * n);
+            values[2 * n] = (__m512bh)_mm512_permutex2var_epi16(x, first, y);
+            values[2 * n + 1] = (__m512bh)_mm512_permutex2var_epi16(x, second, y);
+        }
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            memcpy(&pair, p + r * CHUNK + t, 4);
+            const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+            for (int n = 0; n < 2 * N; n++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], weight, values[n]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < 2 * N; n++) _mm512_storeu_ps(acc + r * stride + d + 16 * n, sums[r][n]);
+}
+
+template <int R>
+INLINE void mix_pairs_all(float* acc, int dim, const bf16* p, const bf16* const* v, int count) {
+    const __m512i first = _mm512_load_si512(INTERLEAVE), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    int d = 0;
+    if (R <= 2)
+        for (; d + 128 <= dim; d += 128) mix_pairs<4, R>(acc, dim, p, v, d, count, first, second);
+    for (; d + 64 <= dim; d += 64) mix_pairs<2, R>(acc, dim, p, v, d, count, first, second);
+    for (; d + 32 <= dim; d += 32) mix_pairs<1, R>(acc, dim, p, v, d, count, first, second);
+}
+
+bool fast_mix(float* acc, int dim, const float* p, int group, const bf16* const* v, int count, bf16* rounded_p) {
+    if (dim % 32) return false;
+    const int even = (count + 1) & ~1;  // the pointer beyond is readable and its weight is zero
+    for (int i = 0; i < group * CHUNK; i += CHUNK)
+        for (int t = 0; t < even; t += 16) store(rounded_p + i + t, load(p + i + t));
+    int r = 0;
+    for (; r + 4 <= group; r += 4) mix_pairs_all<4>(acc + r * dim, dim, rounded_p + r * CHUNK, v, even);
+    for (; r + 2 <= group; r += 2) mix_pairs_all<2>(acc + r * dim, dim, rounded_p + r * CHUNK, v, even);
+    for (; r < group; r++) mix_pairs_all<1>(acc + r * dim, dim, rounded_p + r * CHUNK, v, even);
+    return true;
+}
 #else
 bool fast_scores(const bf16* const*, int, const bf16* const*, int, float*, int) { return false; }
+bool fast_mix(float*, int, const float*, int, const bf16* const*, int, bf16*) { return false; }
 #endif
 bool fast_scores(const float* const*, int, const float* const*, int, float*, int) { return false; }
+bool fast_mix(float*, int, const float*, int, const float* const*, int, bf16*) { return false; }
 
 // acc[R][16 * N columns from d] += p[R][count] * v[count]
 template <class T, int N, int R>
@@ -136,20 +198,19 @@ INLINE void mix_all(float* acc, int dim, const float* p, const T* const* v, int 
 template <class T>
 void run_rows(const Args& a, const Task& task, std::vector<float>& scratch) {
     const int group = a.heads / a.kv_heads, dim = a.value_dim;
-    scratch.resize((size_t)group * (CHUNK + dim + 2) + 64);
+    scratch.resize((size_t)group * (CHUNK + CHUNK / 2 + dim + 2) + 64);
     float *s = scratch.data(), *acc = s + group * CHUNK, *maximum = acc + group * dim, *total = maximum + group;
+    bf16* rounded_p = (bf16*)(total + group);
     std::fill(acc, acc + group * dim, 0.f);
     std::fill(maximum, maximum + group, NEVER);
     std::fill(total, total + group, 0.f);
     std::vector<const T*> q(group);
     for (int r = 0; r < group; r++) q[r] = (const T*)a.q + task.query * a.q_token + (task.head * group + r) * a.q_head;
-    const T *k[CHUNK], *v[CHUNK];
+    const T *k[CHUNK + 16], *v[CHUNK + 16];
     for (int begin = task.begin; begin < task.end; begin += CHUNK) {
         const int count = std::min(CHUNK, task.end - begin);
-        for (int t = 0; t < count; t++) {
-            k[t] = row_of<T>(a, a.keys, task.table, task.head, begin + t, a.key_dim);
-            v[t] = row_of<T>(a, a.values, task.table, task.head, begin + t, dim);
-        }
+        fill_rows(a, task, begin, count, k, v);
+        for (int t = count; t < count + 16; t++) k[t] = k[count - 1], v[t] = v[count - 1];  // for steps of 16; weighed zero
         if (!fast_scores(q.data(), group, k, count, s, a.key_dim))
             for (int t = 0; t < count; t++)
                 for (int r = 0; r < group; r++) s[r * CHUNK + t] = dot(q[r], k[t], a.key_dim);
@@ -165,9 +226,8 @@ void run_rows(const Args& a, const Task& task, std::vector<float>& scratch) {
                 store(row + t, x);
                 top = x > top ? x : top;
             }
-            float high = maximum[r];
-            for (int i = 0; i < 16; i++) high = std::max(high, top[i]);
-            const float rescale = std::exp(maximum[r] - high);
+            const float high = std::max(maximum[r], highest(top));
+            const float rescale = high == maximum[r] ? 1.f : std::exp(maximum[r] - high);
             maximum[r] = high;
             v16f part = {};
             for (int t = 0; t < padded; t += 16) {
@@ -179,6 +239,7 @@ void run_rows(const Args& a, const Task& task, std::vector<float>& scratch) {
             if (rescale != 1.f)
                 for (int d = 0; d < dim; d++) acc[r * dim + d] *= rescale;
         }
+        if (fast_mix(acc, dim, s, group, v, count, rounded_p)) continue;
         int r = 0;
         for (; r + 4 <= group; r += 4) mix_all<T, 4>(acc + r * dim, dim, s + r * CHUNK, v, count);
         for (; r + 2 <= group; r += 2) mix_all<T, 2>(acc + r * dim, dim, s + r * CHUNK, v, count);
@@ -272,9 +333,7 @@ void pack_keys(Pairs, const bf16* const* rows, int dim, uint32_t* out) {
 
 // V rows -> [KEYS / 2][width] pairs along the keys, width = dim rounded up to 16.
 void pack_values(Pairs, const bf16* const* rows, int dim, int width, uint32_t* out) {
-    alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    const __m512i first = _mm512_load_si512(INTERLEAVE), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (int t = 0; t < KEYS; t += 2) {
         uint32_t* to = out + t / 2 * width;
         int d = 0;
@@ -348,10 +407,8 @@ void run_tile(const Args& a, const Task& task, std::vector<float>& scratch) {
     const T *k[KEYS], *v[KEYS];
     for (int begin = task.begin; begin < task.end; begin += KEYS) {
         const int count = std::min(KEYS, task.end - begin);
-        for (int t = 0; t < KEYS; t++) {
-            k[t] = t < count ? row_of<T>(a, a.keys, task.table, task.head, begin + t, depth) : nothing;
-            v[t] = t < count ? row_of<T>(a, a.values, task.table, task.head, begin + t, dim) : nothing;
-        }
+        fill_rows(a, task, begin, count, k, v);
+        for (int t = count; t < KEYS; t++) k[t] = v[t] = nothing;
         pack_keys(P(), k, depth, keys);
         pack_values(P(), v, dim, width, values);
         for (int row = 0; row < padded; row += 4)
@@ -371,8 +428,7 @@ void run_tile(const Args& a, const Task& task, std::vector<float>& scratch) {
                 }
                 top = parts[t] > top ? parts[t] : top;
             }
-            float high = maximum[row];
-            for (int i = 0; i < 16; i++) high = std::max(high, top[i]);
+            const float high = std::max(maximum[row], highest(top));
             v16f part = {};
             for (int t = 0; t < KEYS / 16; t++) {
                 parts[t] = exp16(parts[t] - high);

@@ -58,10 +58,41 @@ INLINE void store(bf16* p, v16f v) {
 #endif
 }
 
-INLINE float sum(v16f v) {
-    float s = 0;
-    for (int i = 0; i < 16; i++) s += v[i];
-    return s;
+#define FOLD(combine)                                                                                       \
+    v16f w = __builtin_shuffle(v, v16i{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});              \
+    v = combine;                                                                                            \
+    w = __builtin_shuffle(v, v16i{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});                   \
+    v = combine;                                                                                            \
+    w = __builtin_shuffle(v, v16i{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});                   \
+    v = combine;                                                                                            \
+    w = __builtin_shuffle(v, v16i{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});                   \
+    v = combine;                                                                                            \
+    return v[0];
+INLINE float sum(v16f v) { FOLD(v + w) }
+INLINE float highest(v16f v) { FOLD(v > w ? v : w) }
+
+// Sums of 16 vectors; in lanes, by a tree of pairwise adds.
+INLINE v16f sums(const v16f* v) {
+    v16f a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) {
+        v16f x = v[i], y = v[i + 8];  // lanes of x in the lower half of each pair
+        a[i] = __builtin_shuffle(x, y, v16i{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}) +
+               __builtin_shuffle(x, y, v16i{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+    }
+    for (int i = 0; i < 4; i++) {
+        v16f x = a[i], y = a[i + 4];
+        b[i] = __builtin_shuffle(x, y, v16i{0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23}) +
+               __builtin_shuffle(x, y, v16i{8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31});
+    }
+    for (int i = 0; i < 2; i++) {
+        v16f x = b[i], y = b[i + 2];
+        c[i] = __builtin_shuffle(x, y, v16i{0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}) +
+               __builtin_shuffle(x, y, v16i{8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31});
+    }
+    v16f d = __builtin_shuffle(c[0], c[1], v16i{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+             __builtin_shuffle(c[0], c[1], v16i{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+    // d holds, lane by lane, v[bit-reversed order]; put it right
+    return __builtin_shuffle(d, v16i{0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15});
 }
 
 // e^x to about one unit in the last place; 0 below -87, e^88 above 88, NaN stays NaN.
