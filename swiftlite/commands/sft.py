@@ -132,8 +132,10 @@ def sft(options: Options) -> dict[str, Any]:
         logbook.final({key: value for key, value in info.items() if key != "interrupted"})
         rows = logbook.rows
     from swiftlite.train.plots import draw
+    from swiftlite.train.report import write_report
 
     draw(rows, run / "images")
+    write_report(run, rows, options, args, report, samples[0], tokenizer, info)
     _goodbye(info, options)
     return info
 
