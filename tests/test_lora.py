@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from swiftlite.engine import lora_ops
 from swiftlite.engine.lora import LoraManager
+from swiftlite.engine.lora_native import NativeLora
+from swiftlite.engine.native import load_library
 from swiftlite.errors import AdapterError, RequestError
 from swiftlite.models import segments
 
@@ -145,7 +147,7 @@ def test_remove_drains_then_frees(make_model, make_adapter) -> None:
         manager.check()
     manager.set_batch([])
     manager.release(running)
-    assert manager.infos() == [] and manager._stacks == {}
+    assert manager.infos() == [] and manager.store.stacks == {}
     manager.check()
 
 
@@ -190,12 +192,10 @@ def test_failed_loads_change_nothing(make_model, make_adapter, tmp_path) -> None
         manager.add("a", tmp_path / "vanished")
     with pytest.raises(AdapterError, match=r"has rank 16\n.*at most 8"):
         manager.add("a", make_adapter(base, 2, rank=16))
-    with pytest.raises(AdapterError, match="replaces whole tensors"):
-        manager.add("a", make_adapter(base, 2, modules_to_save=["lm_head"]))
-    with pytest.raises(AdapterError, match="DoRA"):
-        manager.add("a", make_adapter(base, 2, use_dora=True))
-    with pytest.raises(AdapterError, match=r"replaces whole tensors|lm_head"):
-        manager.add("a", make_adapter(base, 2, target_modules=["lm_head"]))
+    with pytest.raises(AdapterError, match=r"(?s)replaces whole tensors \(model.layers.0.*merge it: swift export"):
+        manager.add("a", make_adapter(base, 2, modules_to_save=["norm"]))
+    with pytest.raises(AdapterError, match=r"(?s)uses DoRA in model.embed_tokens.*merge it"):
+        manager.add("a", make_adapter(base, 2, rank=8, use_dora=True, target_modules=["embed_tokens", "q_proj"]))
     other = make_model("qwen2", intermediate_size=96)
     with pytest.raises(AdapterError, match=r"(?s)mlp.*\[96, 48\] in the adapter and \[64, 48\] in the base|\[48, 96\]"):
         manager.add("a", make_adapter(other, 2))
@@ -222,13 +222,13 @@ def test_many_adapters_come_and_go_without_leaving_memory(make_model, make_adapt
     manager = LoraManager(model)
     for i, path in enumerate(paths):
         manager.add(f"a{i}", path)
-    assert [stack.used for stacks in manager._stacks.values() for stack in stacks] == [lora_ops.STACK_SLOTS, 3]
+    assert [stack.used for stacks in manager.store.stacks.values() for stack in stacks] == [lora_ops.STACK_SLOTS, 3]
     got = mixed(manager, model, ["a1", "a9", "a6", "a10"])
     for tokens, index, result in zip(TOKENS, (1, 9, 6, 10), got, strict=True):
         torch.testing.assert_close(result, alone(base, paths[index], tokens), rtol=1e-4, atol=1e-4)
     for i in range(len(paths)):
         manager.remove(f"a{i}")
-    assert manager._stacks == {}
+    assert manager.store.stacks == {}
     manager.check()
 
 
@@ -251,6 +251,13 @@ def test_removed_slot_gives_its_pages_back() -> None:
     assert not stack.rows[0].any() and stack.b[0][0] is not None and bool((stack.b[0][0][1] == 1).all())
 
 
+def kernels(shapes) -> NativeLora:
+    library = load_library()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return NativeLora(library, [(shape.width, shape.outs) for shape in shapes])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "segments_",
@@ -266,13 +273,19 @@ def test_removed_slot_gives_its_pages_back() -> None:
     ],
     ids=str,
 )
-def test_jobs_equal_reference(segments_: list[tuple[int | None, int]], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("way", ["torch", "kernels"])
+def test_jobs_equal_reference(segments_: list[tuple[int | None, int]], dtype: torch.dtype, way: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    shapes = (lora_ops.GroupShape(32, (24, 8, 8), (4, 0, 3)), lora_ops.GroupShape(24, (16,), (5,)), lora_ops.GroupShape(8, (8,), (0,)))
+    shapes = (
+        lora_ops.GroupShape(32, (24, 8, 8), (4, 0, 3)),
+        lora_ops.GroupShape(24, (16,), (5,)),
+        lora_ops.GroupShape(8, (8,), (0,)),
+        lora_ops.GroupShape(100, (300, 64), (37, 16)),
+    )
     stack = lora_ops.Stack(shapes, dtype, torch.device("cpu"))
     stack.free = []
     for slot in range(lora_ops.STACK_SLOTS):
@@ -282,19 +295,24 @@ def test_jobs_equal_reference(segments_: list[tuple[int | None, int]], dtype: to
                     stack.write(slot, index, part, random(rank, shape.width), random(out, rank) / 8)
     rows: list[lora_ops.Segment] = [(None if slot is None else stack, slot or 0, count) for slot, count in segments_]
     total = sum(count for _, count in segments_)
-    jobs = lora_ops.plan(rows, torch.device("cpu"))
+    jobs = lora_ops.plan(rows, torch.device("cpu")) if way == "torch" else kernels(shapes).plan(rows)
     for index, shape in enumerate(shapes):
         x = random(total, shape.width) / shape.width**0.5
-        products = [job.shrink(index, x) if stack.a[index] is not None else None for job in jobs]
-        for part, out in enumerate(shape.outs):
-            start = random(total, out)
-            got, expected = start.clone(), start.clone()
-            for job, product in zip(jobs, products, strict=True):
-                if product is not None and stack.b[index][part] is not None:
-                    job.expand(index, part, product, got)
-            lora_ops.reference(rows, index, part, x, expected)
-            tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+        start, parts = random(total, sum(shape.outs)), len(shape.outs)
+        expected = start.clone()
+        for part, y in enumerate(expected.split(shape.outs, 1)):
+            lora_ops.reference(rows, index, part, x, y)
+        whole, single = start.clone(), start.clone()
+        for job in jobs:
+            if job.adapts(index):
+                job.add(index, 0, parts, x, whole, None)
+                h = None
+                for part, y in enumerate(single.split(shape.outs, 1)):
+                    if job.adapts(index, part):
+                        h = job.add(index, part, part + 1, x, y, h)
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(whole, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(single, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_engine_gives_each_request_its_own_adapter(make_model, make_adapter) -> None:

@@ -1,130 +1,110 @@
-"""Adapters of a running engine: loaded, looked up, counted and taken out again while requests run.
+"""Adapters of a running engine: registered, loaded, counted, made room for and taken out again while requests run.
 
-A *version* is content: an adapter's weights, immutable, known by their digest. A *name* points at a version. So a reload
-under the same name makes a new version and flips the name; two names for the same weights share one version; a request pins
-the version that it started with. A version is freed when no name and no request holds it.
+A *version* is content: an adapter's weights, immutable. A *name* points at a version; a reload under the same name makes a new
+version and flips the name; a request pins the version that it was submitted with. A version lives `loading -> ready -> draining
+-> gone`: it drains when no name points at it any more, and is gone when its last request ended; then its memory is free and
+`on_gone` is told, so that nothing computed with it is found again.
 
-The model's linears are taken over only while a batch has rows with adapters: a server that serves the base alone, or a step
-that does, runs the stock modules. Directories are read and checked by the thread that asks; the step loop only ever sees
-whole versions.
+Weights of a version are on the device, or (registered only, or pushed out by others) on disk. A request takes a *seat* on its
+version's weights before it may run; while somebody has one, they stay. Who finds no weights waits in one queue in order of arrival;
+a thread of this module reads what is wanted and makes room, least recently used first. When everything in memory has seats, the
+weights that came first are closed: they take no more requests, drain and make room, so a rare adapter waits for running requests
+only, never for those that come after it. The step loop neither reads nor waits.
 
-Which call from where: `add`, `remove`, `acquire`, `infos` from any thread; `set_batch` from the step loop only; `release`
-from any thread. It does not know what a sequence is.
+Which call from where: `set_batch` from the step loop only, all others from any thread. It does not know sequences or HTTP.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from swiftlite.adapters.directory import Adapter, read
-from swiftlite.engine.lora_ops import GroupShape, Job, Segment, Stack, plan
-from swiftlite.errors import AdapterError, RequestError
+from swiftlite.adapters.directory import Adapter, read, read_header
+from swiftlite.engine.lora_extras import Extras
+from swiftlite.engine.lora_native import DTYPES, NativeLora
+from swiftlite.engine.lora_ops import Job, Segment, plan
+from swiftlite.engine.lora_store import Weights, WeightStore
+from swiftlite.engine.lora_taps import Layers
+from swiftlite.errors import AdapterError, RequestError, SwiftError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from swiftlite.engine.lora_cuda import AdapterTables, DeviceJob
 
-# Linears that read the same input; each name is the last part of a module's name, below one parent.
-SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-MERGE = "merge it: swift export --ckpt_dir <adapter> --merge_lora true"
+Waiter = Callable[["str | None"], None]  # told None: seated; or why not
 
 
 @dataclass(eq=False)
 class AdapterVersion:
-    """One adapter's weights in the engine. `name` is the name it was first loaded under; `digest` seeds the prefix cache."""
+    """One adapter's content as the engine knows it. `name` is the name it was first loaded under."""
 
     name: str
+    number: int  # of this name's versions
     path: str
-    digest: str
     rank: int
-    stack: Stack
-    slot: int
-    nbytes: int
+    nbytes: int  # on the device
+    digest: str = ""  # of the content; "" until it was read. Seeds the prefix cache
+    weights: Weights | None = None
     names: int = 0  # names that point here
-    requests: int = 0  # requests that hold it
+    requests: int = 0  # unfinished requests that hold it
+    served: int = 0  # requests so far
+    waiters: list[Waiter] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What the server may tell about an adapter. `state` is ready, or draining: removed, and waiting for its last request."""
+    """What the server may tell about an adapter. `state`: loading, ready, or draining (removed, waiting for its last request)."""
 
     name: str
     path: str
     digest: str
+    version: int
     rank: int
     nbytes: int
+    tier: str  # device, or disk: read at its next request
     requests: int
+    served: int
     state: str
-
-
-@dataclass
-class _Group:
-    """Linears that share an input; their A product is made once, at the first of them that is called."""
-
-    index: int
-    parts: list[str]
-    width: int
-    outs: list[int]
-    x: Tensor | None = None
-    products: list[Tensor | None] = field(default_factory=list)
-    left: int = 0
-
-
-class _Tap:
-    """Stands in for one linear's `forward` while the batch has adapter rows: the linear's result plus the adapters'."""
-
-    def __init__(self, manager: LoraManager, module: nn.Module, name: str, group: _Group, part: int) -> None:
-        self.manager, self.module, self.name, self.group, self.part = manager, module, name, group, part
-        self.stock: Callable[[Tensor], Tensor] | None = None
-        self.replaced = False  # the module had a forward of its own on the instance
-
-    def arm(self) -> None:
-        self.replaced = "forward" in self.module.__dict__
-        self.stock = self.module.forward
-        self.module.forward = self  # type: ignore[assignment]
-
-    def disarm(self) -> None:
-        if self.replaced:
-            self.module.forward = self.stock  # type: ignore[assignment]
-        else:
-            del self.module.forward
-        self.stock = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        assert self.stock is not None
-        y = self.stock(x)
-        self.manager.apply(self, x, y)
-        return y
 
 
 class LoraManager:
     """All adapters of one model. Raises AdapterError on what cannot be loaded, RequestError on an unknown name."""
 
-    def __init__(self, model: PreTrainedModel, max_rank: int = 512) -> None:
-        self.max_rank = max_rank
-        self._shapes, self._groups, self._taps = _survey(self, model)
-        self._served = {part for group in self._groups for part in group.parts}
-        self.device, self.dtype = model.device, model.dtype
-        self._lock = threading.RLock()  # the registry and the counts
+    def __init__(
+        self, model: PreTrainedModel, max_rank: int = 512, *, memory: int | None = None, library: ctypes.CDLL | None = None
+    ) -> None:
+        """`memory`: bytes for all adapters' weights, None: no limit. `library`: the C++ kernels (native.py)."""
+        self.max_rank, self.memory = max_rank, memory
+        self.layers = Layers(model)
+        groups = [(group.width, tuple(group.outs)) for group in self.layers.groups]
+        self._native = NativeLora(library, groups) if library is not None and model.dtype in DTYPES and groups else None
+        self.store = WeightStore(self.layers, self._native)
+        self.on_gone: Callable[[str], None] = lambda digest: None
+        self._lock = threading.RLock()  # everything below
+        self._room = threading.Condition(self._lock)  # a seat or some memory became free
         self._loading = threading.Lock()  # one load at a time: of two loads of one name, the later call wins
         self._names: dict[str, AdapterVersion] = {}
-        self._versions: dict[str, AdapterVersion] = {}  # by digest
-        self._stacks: dict[tuple[GroupShape, ...], list[Stack]] = {}
-        self._armed = False
-        self._jobs: list[Job] | list[DeviceJob] = []
+        self._versions: list[AdapterVersion] = []
+        self._numbers: Counter[str] = Counter()
+        self._arriving: list[tuple[str, str]] = []  # (name, path) of loads that go on
+        self._resident: list[Weights] = []
+        self._reserved = 0  # bytes of loads that go on
+        self._clock = 0
+        self._wanted: deque[AdapterVersion] = deque()
+        self._loader: threading.Thread | None = None
         self._tables: AdapterTables | None = None  # only with the Triton kernels
-        self._rows = 0
 
-    # -- life of an adapter ------------------------------------------------------------------------------------------
+    # -- names
 
     def add(self, name: str, path: str | Path) -> AdapterVersion:
         """Read, check and register the adapter in `path` as `name`; at return new requests can use it.
@@ -132,69 +112,83 @@ class LoraManager:
         A name that is taken flips to the new weights (running requests keep the old); equal weights are loaded once.
         Nothing changes when it fails.
         """
-        with self._loading:
-            adapter = read(path, self._shapes, max_rank=self.max_rank)
-            self._check_servable(adapter)
+        with self._arrival(name, path):
+            adapter = read(path, self.layers.shapes, max_rank=self.max_rank, finite=False)
+            size = self._size(adapter)
             with self._lock:
-                version = self._versions.get(adapter.digest)
-                if version is not None:
-                    version.names += 1  # held while the name moves
-            if version is None:
-                version = self._store(name, adapter)
-                version.names = 1
+                roomy = self._make_room(size)
+                self._reserved += size * roomy
+            weights = None
+            try:
+                # Without room it is packed all the same, to see that it can be, and read again when its turn comes.
+                weights = self.store.store(adapter)
+            finally:
+                with self._lock:
+                    self._reserved -= size * roomy
             with self._lock:
-                self._versions[adapter.digest] = version
-                old, self._names[name] = self._names.get(name), version
-                if old is not None:
-                    self._drop_name(old)
+                version = next((v for v in self._versions if v.digest == weights.digest), None)
+                if version is None:
+                    version = self._new_version(name, adapter, size, weights.digest)
+                if roomy and version.weights is None:
+                    self._move_in(version, weights)
+                else:
+                    self.store.free(weights)
+                self._point(name, version)
+            return version
+
+    def register(self, name: str, path: str | Path) -> AdapterVersion:
+        """Make `name` known after a look at the adapter's header; its weights are read when a request wants them."""
+        with self._arrival(name, path):
+            header = read_header(path, self.layers.shapes, max_rank=self.max_rank)
+            size = self._size(header)
+            with self._lock:
+                version = self._new_version(name, header, size, "")
+                self._point(name, version)
             return version
 
     def remove(self, name: str) -> None:
         """New requests no longer find `name`; its memory goes when its last request ends. RequestError when unknown."""
         with self._lock:
-            self._drop_name(self._lookup(name))
-            del self._names[name]
-
-    def acquire(self, name: str) -> AdapterVersion:
-        """The version that `name` means now, held for one request until `release`."""
-        with self._lock:
             version = self._lookup(name)
-            version.requests += 1
-            return version
+            del self._names[name]
+            self._drop_name(version)
 
-    def release(self, version: AdapterVersion) -> None:
+    @contextmanager
+    def _arrival(self, name: str, path: str | Path) -> Iterator[None]:
+        entry = (name, str(path))
         with self._lock:
-            assert version.requests > 0, f"{version.name} released more often than acquired"
-            version.requests -= 1
-            self._free_unheld(version)
+            self._arriving.append(entry)
+        try:
+            with self._loading:
+                yield
+        finally:
+            with self._lock:
+                self._arriving.remove(entry)
 
-    def names(self) -> list[str]:
-        with self._lock:
-            return list(self._names)
+    def _size(self, adapter: Adapter) -> int:
+        self.store.check(adapter)
+        size = self.store.nbytes_of(adapter)
+        if self.memory is not None and size > self.memory:
+            why = f"it takes {size:,} bytes, all adapters together may take {self.memory:,}"
+            raise AdapterError(f"{adapter.path} is too large", why, "give --adapter_memory more GiB")
+        return size
 
-    def infos(self) -> list[AdapterInfo]:
-        """Served adapters by name, then the draining ones."""
-        with self._lock:
-            ready = [(name, version, "ready") for name, version in self._names.items()]
-            draining = [(v.name, v, "draining") for v in self._versions.values() if not v.names]
-            return [AdapterInfo(n, v.path, v.digest, v.rank, v.nbytes, v.requests, state) for n, v, state in ready + draining]
+    def _new_version(self, name: str, adapter: Adapter, size: int, digest: str) -> AdapterVersion:
+        self._numbers[name] += 1
+        version = AdapterVersion(name, self._numbers[name], str(adapter.path), adapter.max_rank, size, digest)
+        self._versions.append(version)
+        return version
 
-    def check(self, held: Iterable[AdapterVersion] = ()) -> None:
-        """AssertionError when a count is wrong or memory leaked; `held` are the versions of running requests (none: idle)."""
-        with self._lock:
-            names = Counter(id(version) for version in self._names.values())
-            requests = Counter(id(version) for version in held)
-            for version in self._versions.values():
-                assert version.names == names[id(version)], f"{version.name}: {version.names} names counted, {names[id(version)]} found"
-                assert version.requests == requests[id(version)], (
-                    f"adapter {version.name}: {version.requests} references, {requests[id(version)]} requests run"
-                )
-            used = sum(stack.used for stacks in self._stacks.values() for stack in stacks)
-            assert used == len(self._versions), f"{used} adapter slots in use, {len(self._versions)} adapters"
+    def _point(self, name: str, version: AdapterVersion) -> None:
+        version.names += 1
+        old, self._names[name] = self._names.get(name), version
+        if old is not None:
+            self._drop_name(old)
 
     def _lookup(self, name: str) -> AdapterVersion:
         if name not in self._names:
-            raise RequestError(f"unknown adapter {name!r}", fix="served: " + (", ".join(self._names) or "none"), param="model")
+            shown = ", ".join([*self._names][:20]) or "none"
+            raise RequestError(f"unknown adapter {name!r}", fix=f"served: {shown}", param="model")
         return self._names[name]
 
     def _drop_name(self, version: AdapterVersion) -> None:
@@ -204,121 +198,223 @@ class LoraManager:
     def _free_unheld(self, version: AdapterVersion) -> None:
         if version.names or version.requests:
             return
-        del self._versions[version.digest]
-        self._free_slot(version.stack, version.slot)
+        self._versions.remove(version)
+        if version.weights is not None:
+            weights, version.weights = version.weights, None
+            weights.versions -= 1
+            if not weights.versions:
+                self._move_out(weights)
+        if version.digest and not any(v.digest == version.digest for v in self._versions):
+            self.on_gone(version.digest)
 
-    def _free_slot(self, stack: Stack, slot: int) -> None:
-        stack.clear(slot)
-        if not stack.used:
-            self._stacks[stack.groups].remove(stack)
-            if not self._stacks[stack.groups]:
-                del self._stacks[stack.groups]
+    # -- requests
 
-    def _check_servable(self, adapter: Adapter) -> None:
-        if adapter.saved:
-            names = ", ".join(sorted(adapter.saved)[:3])
-            raise AdapterError(f"{adapter.path} replaces whole tensors ({names})", "those cannot be served beside the base yet", MERGE)
-        kinds = {"DoRA": adapter.config.use_dora, "LoRA bias": adapter.config.lora_bias}
-        for kind, used in kinds.items():
-            if used:
-                raise AdapterError(f"{adapter.path} uses {kind}", "that cannot be served beside the base yet", MERGE)
-        for module in adapter.modules:
-            if module not in self._served:
-                raise AdapterError(f"{adapter.path} adapts {module}", "that module cannot be adapted while serving yet", MERGE)
-
-    @torch.inference_mode()
-    def _store(self, name: str, adapter: Adapter) -> AdapterVersion:
-        """Copy the weights into a free slot. Nobody reads the slot before its version is registered."""
-        modules = adapter.modules
-        shapes = tuple(
-            GroupShape(g.width, tuple(g.outs), tuple(modules[p].rank if p in modules else 0 for p in g.parts)) for g in self._groups
-        )
+    def acquire(self, name: str) -> AdapterVersion:
+        """The version that `name` means now, held for one request until `release`; it begins to load if it must."""
         with self._lock:
-            stacks = self._stacks.setdefault(shapes, [])
-            stack = next((s for s in stacks if s.free), None)
-            if stack is None:
-                stack = Stack(shapes, self.dtype, self.device)
-                stacks.append(stack)
-            slot = stack.free.pop(0)
-        try:
-            for group in self._groups:
-                for part, module in enumerate(group.parts):
-                    if module in modules:
-                        weights = modules[module]  # the scale goes into B in fp32: one rounding to the model's dtype
-                        stack.write(slot, group.index, part, weights.a, weights.b.float() * weights.scale)
-        except BaseException:
-            with self._lock:
-                self._free_slot(stack, slot)
-            raise
-        return AdapterVersion(name, str(adapter.path), adapter.digest, adapter.max_rank, stack, slot, stack.slot_bytes)
+            version = self._lookup(name)
+            version.requests += 1
+            version.served += 1
+            if version.weights is None:
+                self._want(version)
+            return version
 
-    # -- one step ----------------------------------------------------------------------------------------------------
+    def seat(self, version: AdapterVersion, waiter: Waiter) -> bool:
+        """A seat for one request that holds `version`. False: not yet, `waiter` will be called (from another thread)."""
+        with self._lock:
+            weights = version.weights
+            if weights is not None and not weights.closing:
+                self._sit(weights)
+                return True
+            version.waiters.append(waiter)
+            self._want(version)
+            return False
+
+    def release(self, version: AdapterVersion, seated: bool = False) -> None:
+        """One request of `version` ended; `seated`: it had a seat."""
+        with self._lock:
+            assert version.requests > 0, f"{version.name} released more often than acquired"
+            version.requests -= 1
+            if seated:
+                assert version.weights is not None and version.weights.seated > 0, f"{version.name} has no seats to give back"
+                version.weights.seated -= 1
+            self._free_unheld(version)
+            self._room.notify_all()
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return list(self._names)
+
+    def infos(self) -> list[AdapterInfo]:
+        """Served adapters by name, then the draining ones, then those that are being loaded."""
+        with self._lock:
+            found = [(name, version, "ready") for name, version in self._names.items()]
+            found += [(v.name, v, "draining") for v in self._versions if not v.names]
+            infos = [AdapterInfo(name, v.path, v.digest, v.number, v.rank, v.nbytes, "device" if v.weights else "disk", v.requests,
+                                 v.served, state) for name, v, state in found]  # fmt: skip
+            return infos + [AdapterInfo(name, path, "", 0, 0, 0, "disk", 0, 0, "loading") for name, path in self._arriving]
+
+    def check(self, held: Iterable[AdapterVersion] = ()) -> None:
+        """AssertionError when a count is wrong or memory leaked; `held` are the versions of running requests (none: idle)."""
+        with self._lock:
+            names = Counter(id(version) for version in self._names.values())
+            requests = Counter(id(version) for version in held)
+            for version in self._versions:
+                assert version.names == names[id(version)], f"{version.name}: {version.names} names counted, {names[id(version)]} found"
+                assert version.requests == requests[id(version)], (
+                    f"adapter {version.name}: {version.requests} references, {requests[id(version)]} requests run"
+                )
+            sharing = Counter(id(version.weights) for version in self._versions if version.weights is not None)
+            for weights in self._resident:
+                assert weights.versions == sharing[id(weights)] > 0, "weights without a version"
+                seats = sum(version.requests for version in self._versions if version.weights is weights)
+                assert weights.seated <= seats, f"{weights.seated} seats taken, {seats} requests"
+            if not self._arriving and not self._wanted:
+                used = self.store.used_slots
+                assert used == len(self._resident), f"{used} adapter slots in use, {len(self._resident)} adapters"
+
+    # -- memory
+
+    def _sit(self, weights: Weights, count: int = 1) -> None:
+        self._clock += 1
+        weights.used = self._clock
+        weights.seated += count
+
+    def _move_in(self, version: AdapterVersion, weights: Weights) -> None:
+        self._clock += 1
+        weights.since = weights.used = self._clock
+        weights.versions = 1
+        version.weights = weights
+        version.nbytes = weights.nbytes
+        self._resident.append(weights)
+
+    def _move_out(self, weights: Weights) -> None:
+        for version in self._versions:
+            if version.weights is weights:
+                version.weights = None
+        self._resident.remove(weights)
+        self.store.free(weights)
+        self._room.notify_all()
+
+    def _make_room(self, size: int) -> bool:
+        """Push out weights that nobody sits on, least recently used first, until `size` bytes fit; False when they do not."""
+        if self.memory is None:
+            return True
+        free = self.memory - self._reserved - sum(weights.nbytes for weights in self._resident)
+        idle = sorted((w for w in self._resident if not w.seated), key=lambda w: w.used)
+        if free + sum(w.nbytes for w in idle) < size:
+            return False
+        for weights in idle:
+            if free >= size:
+                break
+            free += weights.nbytes
+            self._move_out(weights)
+        return True
+
+    def _want(self, version: AdapterVersion) -> None:
+        if version not in self._wanted:
+            self._wanted.append(version)
+            if self._loader is None:
+                self._loader = threading.Thread(target=self._serve_wanted, name="swiftlite-adapters", daemon=True)
+                self._loader.start()
+
+    def _serve_wanted(self) -> None:
+        """The loader's thread: bring the wanted versions in, in order, until none is wanted."""
+        while True:
+            with self._lock:
+                if not self._wanted:
+                    self._loader = None
+                    return
+                version = self._wanted[0]
+            try:
+                self._bring(version)
+                error = None
+            except SwiftError as caught:
+                error = f"{caught.what}: {caught.why}" if caught.why else caught.what
+            except Exception as caught:  # a bug of ours must not keep requests waiting for ever
+                error = f"the adapter could not be loaded: {type(caught).__name__}: {caught}"
+            with self._lock:
+                self._wanted.popleft()
+                waiters, version.waiters = version.waiters, []
+                for weights in self._resident:
+                    weights.closing = False
+                if error is None and waiters:
+                    assert version.weights is not None
+                    self._sit(version.weights, len(waiters))
+            for waiter in waiters:
+                waiter(error)
+
+    def _bring(self, version: AdapterVersion) -> None:
+        """Have the weights of `version` on the device; waits for room. Returns without, too, when nobody needs them any more."""
+        with self._loading:
+            with self._lock:
+                while version.weights is None:
+                    if not version.requests:
+                        return
+                    if self._make_room(version.nbytes):
+                        break
+                    if not any(weights.closing for weights in self._resident):
+                        min(self._resident, key=lambda w: w.since).closing = True
+                    self._room.wait()
+                if version.weights is not None:
+                    return
+                self._reserved += version.nbytes
+            try:
+                adapter = read(version.path, self.layers.shapes, max_rank=self.max_rank, finite=False)
+                weights = self.store.store(adapter)
+            finally:
+                with self._lock:
+                    self._reserved -= version.nbytes
+            with self._lock:
+                if version.digest and version.digest != weights.digest:
+                    self.store.free(weights)
+                    why = "its files are not those that were loaded under this name"
+                    raise AdapterError(f"the adapter {version.name} changed on disk", why, "load it again under its name")
+                version.digest = weights.digest
+                twin = next((w for w in self._resident if w.digest == weights.digest), None)
+                if twin is not None:
+                    self.store.free(weights)
+                    version.weights = twin
+                    twin.versions += 1
+                else:
+                    self._move_in(version, weights)
+
+    # -- one step
 
     def use_kernels(self) -> AdapterTables:
         """Apply adapters with the Triton kernels from now on (on a GPU; elsewhere only in Triton's interpreter)."""
         from swiftlite.engine.lora_cuda import AdapterTables
 
-        self._tables = AdapterTables([(group.width, tuple(group.outs)) for group in self._groups], self.device)
+        self._tables = AdapterTables([(group.width, tuple(group.outs)) for group in self.layers.groups], self.store.device)
+        self.store.tables_in_use = True
         return self._tables
 
-    def set_batch(self, segments: list[tuple[AdapterVersion | None, int]], kept: DeviceJob | None = None) -> None:
+    def set_batch(
+        self, segments: list[tuple[AdapterVersion | None, int]], kept: DeviceJob | None = None, logits_rows: Tensor | None = None
+    ) -> None:
         """What the next forward's rows are: consecutive runs of rows, each with its adapter or None.
 
         `kept`, made by the kernels' `static_job`, is refilled: a captured step that was recorded with it now does these rows.
+        `logits_rows` [S] are the rows that the output head will see (None: all of them).
         """
-        rows: list[Segment] = [(v.stack, v.slot, n) if v is not None else (None, 0, n) for v, n in segments]
-        self._jobs = plan(rows, self.device) if self._tables is None else self._tables.plan(rows, kept)
-        self._rows = sum(count for _, count in segments)
-        for group in self._groups:
-            group.x, group.products = None, []
-        if bool(self._jobs) != self._armed:
-            self._armed = not self._armed
-            for tap in self._taps:
-                tap.arm() if self._armed else tap.disarm()
-
-    def apply(self, tap: _Tap, x: Tensor, y: Tensor) -> None:
-        """Add the adapters' products for x [..., in] to a linear's fresh result y [..., out]."""
-        group = tap.group
-        if group.x is not x:
-            rows = x.flatten(0, -2)  # [T, in]
-            if rows.shape[0] != self._rows:
-                what = f"{tap.name} was called with {rows.shape[0]} rows, the batch has {self._rows}"
-                raise AdapterError(what, "which row is whose cannot be told there, so no adapter can be applied", MERGE)
-            group.x, group.left = x, len(group.parts)
-            group.products = [job.shrink(group.index, rows) if job.adapts(group.index) else None for job in self._jobs]
-        flat = y.view(-1, y.shape[-1])  # [T, out]
-        for job, h in zip(self._jobs, group.products, strict=True):
-            if h is not None and job.adapts(group.index, tap.part):
-                job.expand(group.index, tap.part, h, flat)
-        group.left -= 1
-        if not group.left:
-            group.x, group.products = None, []
-
-
-def _survey(manager: LoraManager, model: PreTrainedModel) -> tuple[dict[str, tuple[int, int]], list[_Group], list[_Tap]]:
-    """(shape of every linear and embedding, groups of linears, one tap per linear). The output head is not served."""
-    shapes: dict[str, tuple[int, int]] = {}
-    linears: dict[str, nn.Linear] = {}
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-            # The head sees other rows than the layers do: only those whose logits are wanted.
-            if module is not head:
-                linears[name] = module
-        elif isinstance(module, (nn.Embedding, Conv1D)):
-            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
-    groups: list[_Group] = []
-    placed: dict[str, tuple[_Group, int]] = {}
-    for name, module in linears.items():
-        if name in placed:
-            continue
-        parent, _, leaf = name.rpartition(".")
-        family = next((f for f in SHARED_INPUT if leaf in f), (leaf,))
-        parts = [p for p in (f"{parent}.{sibling}" if parent else sibling for sibling in family) if p in linears]
-        parts = [p for p in parts if linears[p].in_features == module.in_features]
-        group = _Group(len(groups), parts, module.in_features, [linears[p].out_features for p in parts])
-        groups.append(group)
-        placed |= {part: (group, i) for i, part in enumerate(parts)}
-    taps = [_Tap(manager, module, name, *placed[name]) for name, module in linears.items()]
-    return shapes, groups, taps
+        rows: list[Segment] = []
+        extras: list[tuple[Extras, int, int]] = []
+        start = 0
+        for version, count in segments:
+            if version is None:
+                rows.append((None, 0, count))
+            else:
+                weights = version.weights
+                assert weights is not None, f"{version.name} is not in memory"
+                rows.append((weights.stack, weights.slot, count))
+                if weights.extras:
+                    extras.append((weights.extras, start, start + count))
+            start += count
+        jobs: Sequence[Job]
+        if self._tables is not None:
+            jobs = self._tables.plan(rows, kept)
+        elif self._native is not None:
+            jobs = self._native.plan(rows)
+        else:
+            jobs = plan(rows, self.store.device)
+        self.layers.set_batch(jobs, extras, start, logits_rows)

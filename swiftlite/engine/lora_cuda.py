@@ -156,3 +156,16 @@ class DeviceJob:
         """y [T, sum of outs] of all parts of a fused linear."""
         owner, outs = self.owner, self.owner.groups[group][1]
         kernels.expand(h, y, owner.tables, group, range(len(outs)), max(outs), self.tasks, self.rows, owner.aligned[group])
+
+    def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:
+        """y [T, outs of parts first..end side by side]; h as `shrink` makes it."""
+        h = self.shrink(group, x) if h is None else h
+        outs = self.owner.groups[group][1]
+        if end - first == len(outs) > 1:
+            self.expand_all(group, h, y)
+            return h
+        column = 0
+        for part in range(first, end):
+            self.expand(group, part, h, y[:, column : column + outs[part]])
+            column += outs[part]
+        return h

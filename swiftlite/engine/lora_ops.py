@@ -3,7 +3,8 @@
 Rows arrive with each adapter's rows adjacent. A segment with many rows gets a GEMM pair of its own; the segments with few
 rows (decode) whose adapters lie in one stack go together, as one pair of batched GEMMs over a range of slots. Linears that
 read the same input (q/k/v, gate/up) share one A product. The scale lies inside B, ranks are true ranks, and rows without an
-adapter appear in no job. `reference` is the plain statement of what is computed; tests hold the jobs against it.
+adapter appear in no job. On a CPU with a compiler lora_native.py does all segments in one call instead. `reference` is the plain
+statement of what is computed; tests hold the jobs against it.
 
 Measured for the choice (bf16, r=16, q/k/v of 1024 -> 4096, 8 adapters, 2 cores, microseconds; one pair per segment against
 batched): 770/245 at one row each, 780/263 at 8, 850/373 at 32, 990/546 at 64.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +55,7 @@ class Stack:
         else:
             flat = torch.zeros(STACK_SLOTS * stride, dtype=dtype, device=device)
         self.rows = flat.view(STACK_SLOTS, stride)
+        self._tables: Tensor | None = None
         self.free = list(range(STACK_SLOTS))
         self.a: list[Tensor | None] = []  # per group [S, R*, width]
         self.b: list[list[Tensor | None]] = []  # per group and part [S, R, out]
@@ -76,12 +79,37 @@ class Stack:
         start = sum(self.groups[group].ranks[:part])
         return slice(start, start + self.groups[group].ranks[part])
 
-    def write(self, slot: int, group: int, part: int, lora_a: Tensor, lora_b: Tensor) -> None:
-        """Fill one part of one slot: A [R, width] and scale * B [out, R]."""
+    def table(self, slot: int, parts: int) -> int:
+        """Address of what lora.cpp reads of a slot: for each group A, the sum of ranks, then (B, rank, first column) for `parts` parts."""
+        if self._tables is None:
+            first: list[int] = []  # of slot 0
+            moves: list[bool] = []  # whether it is an address, which differs from slot to slot
+            for index, shape in enumerate(self.groups):
+                a = self.a[index]
+                first += (0 if a is None else a.data_ptr(), sum(shape.ranks))
+                moves += (a is not None, False)
+                start = 0
+                for part in range(parts):
+                    b, rank = (self.b[index][part], shape.ranks[part]) if part < len(shape.ranks) else (None, 0)
+                    first += (0 if b is None else b.data_ptr(), rank, start)
+                    moves += (b is not None, False, False)
+                    start += rank
+            stride = self.rows.stride(0) * self.rows.element_size()
+            steps = torch.arange(STACK_SLOTS)[:, None] * stride
+            self._tables = torch.tensor(first) + steps * torch.tensor(moves, dtype=torch.int64)
+        return self._tables.data_ptr() + slot * self._tables.stride(0) * 8
+
+    def place(self, slot: int, group: int, part: int) -> tuple[Tensor, Tensor]:
+        """Where one part of one slot lies: A [R, width] and B [R, out]."""
         a, b = self.a[group], self.b[group][part]
         assert a is not None and b is not None
-        a[slot, self.columns(group, part)].copy_(lora_a)
-        b[slot].copy_(lora_b.T)
+        return a[slot, self.columns(group, part)], b[slot]
+
+    def write(self, slot: int, group: int, part: int, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Fill one part of one slot: A [R, width] and scale * B [out, R]."""
+        a, b = self.place(slot, group, part)
+        a.copy_(lora_a)
+        b.copy_(lora_b.T)
 
     def adapts(self, group: int, part: int | None = None) -> bool:
         """Whether the adapters here change a group of linears, or one part of it."""
@@ -102,17 +130,55 @@ class Stack:
             self.memory.madvise(mmap.MADV_DONTNEED, slot * length, length)
 
 
+class Job(Protocol):
+    """Some rows of the batch and the adapters that they go through."""
+
+    def adapts(self, group: int, part: int | None = None) -> bool:
+        """Whether there is anything to do for a group of linears, or one part of it."""
+        ...
+
+    def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:
+        """Add the products of parts first..end for x [T, in] to y [T, their outs side by side].
+
+        `h` is what an earlier call for the same group and input returned, None at the first.
+        """
+        ...
+
+
+class _Torch:
+    """A job in torch, out of its two halves."""
+
+    stack: Stack
+
+    def adapts(self, group: int, part: int | None = None) -> bool:
+        return self.stack.adapts(group, part)
+
+    def shrink(self, group: int, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def expand(self, group: int, part: int, h: Tensor, y: Tensor) -> None:
+        raise NotImplementedError
+
+    def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:
+        if h is None:
+            h = self.shrink(group, x)
+        column = 0
+        for part in range(first, end):
+            out = self.stack.groups[group].outs[part]
+            if self.stack.adapts(group, part):
+                self.expand(group, part, h, y[:, column : column + out])
+            column += out
+        return h
+
+
 @dataclass(frozen=True)
-class Alone:
+class Alone(_Torch):
     """Rows start..end through one slot: a GEMM pair."""
 
     stack: Stack
     slot: int
     start: int
     end: int
-
-    def adapts(self, group: int, part: int | None = None) -> bool:
-        return self.stack.adapts(group, part)
 
     def shrink(self, group: int, x: Tensor) -> Tensor:
         a = self.stack.a[group]
@@ -126,7 +192,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Together:
+class Together(_Torch):
     """Slots low..high, each with up to `height` rows: batched GEMMs.
 
     `gather` [slots * height] picks the rows (padding repeats row 0), `rows` and `cells` say which results go where; all None
@@ -141,9 +207,6 @@ class Together:
     gather: Tensor | None = None
     rows: Tensor | None = None
     cells: Tensor | None = None
-
-    def adapts(self, group: int, part: int | None = None) -> bool:
-        return self.stack.adapts(group, part)
 
     def _block(self, x: Tensor) -> Tensor:
         return x[self.start : self.start + (self.high - self.low) * self.height].unflatten(0, (self.high - self.low, self.height))
@@ -165,7 +228,6 @@ class Together:
             y.index_add_(0, self.rows, torch.bmm(h, b).flatten(0, 1)[self.cells])
 
 
-Job = Alone | Together  # some rows of the batch and the adapters that they go through
 Segment = tuple[Stack | None, int, int]  # (stack or None for the base, slot, rows)
 
 

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("paged_attention.cpp", "fused.cpp")
+SOURCES = ("paged_attention.cpp", "fused.cpp", "lora.cpp")
 HEADERS = ("vectors.h", "steps.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 

@@ -53,7 +53,7 @@ class Runner:
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
         self.num_blocks = self._size_cache()
         self.cache = KVCache(self.bridge.layers, self.num_blocks, config.block_size, dtype, device)
-        self.lora = LoraManager(self.model, config.max_lora_rank)
+        self.lora = LoraManager(self.model, config.max_lora_rank, library=self.bridge.library)
         self._pages: Callable[..., DevicePages] | None = None
         self._decode: DecodeGraphs | None = None
         if device.type == "cuda" and not plain:
@@ -146,7 +146,7 @@ class Runner:
         if self._decode is not None and self._decode.takes(scheduled):
             return self._decode.run(scheduled)
         batch = self.build_batch(scheduled)
-        self.lora.set_batch(batch.adapters)
+        self.lora.set_batch(batch.adapters, logits_rows=batch.logits_index)
         return self.bridge.forward(batch, self.cache)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

@@ -1,0 +1,313 @@
+// Adapters of a batch on a CPU: y[row] += B (A x[row]) with each row's own A and B, all segments in one call, and the packing of
+// adapter files into that layout. A is [ranks of all parts, in], B is [rank, out] per part; both lie in a slot of a Stack
+// (lora_ops.py). h, the A product, is rounded to the model's dtype; everything else is summed in fp32. lora_native.py calls.
+#include <cmath>
+#include <vector>
+
+#include "vectors.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int ROW_BLOCK = 32;  // rows that share the columns of B in registers
+constexpr int COLUMNS = 256;   // columns of a unit of work
+constexpr int CHUNK = 16;      // ranks whose columns of B are in registers at once
+
+struct Args {
+    const int64_t* segments;  // [n][3]: table of the slot, first row, rows
+    const int64_t* outs;      // [parts][2]: first column in y, columns
+    const void* x;
+    void* y;
+    void* h;
+    int64_t x_stride, y_stride, h_stride, entry;  // entry: offset of the group in a table
+    int32_t num_segments, width, first_part, end_part, shrink, is_bf16, threads, wide;
+};
+
+// A slot's table holds for each group: A, the sum of ranks, then for each part B, its rank, its first column in h.
+struct Entry {
+    const int64_t* at;
+    const void* a() const { return (const void*)at[0]; }
+    int total() const { return (int)at[1]; }
+    const void* b(int part) const { return (const void*)at[2 + 3 * part]; }
+    int rank(int part) const { return (int)at[3 + 3 * part]; }
+    int start(int part) const { return (int)at[4 + 3 * part]; }
+};
+
+#ifdef __AVX512BF16__
+INLINE v16f dot(v16f sum, const bf16* x, const bf16* a) {
+    return (v16f)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(a));
+}
+INLINE v16f dot(v16f sum, const float* x, const float* a) { return sum + load(x) * load(a) + load(x + 16) * load(a + 16); }
+#else
+template <class T>
+INLINE v16f dot(v16f sum, const T* x, const T* a) {
+    return sum + load(x) * load(a) + load(x + 16) * load(a + 16);
+}
+#endif
+
+// h[M][N] = x[M] . a[N], M rows and N ranks at a time
+template <class T, int M, int N>
+void shrink_tile(T* h, int64_t h_stride, const T* x, int64_t x_stride, const T* a, int width) {
+    v16f sums[M][N] = {};
+    int k = 0;
+    for (; k + 32 <= width; k += 32)
+        for (int n = 0; n < N; n++)
+            for (int m = 0; m < M; m++) sums[m][n] = dot(sums[m][n], x + m * x_stride + k, a + (int64_t)n * width + k);
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            float total = sum(sums[m][n]);
+            for (int i = k; i < width; i++) total += to_float(x[m * x_stride + i]) * to_float(a[(int64_t)n * width + i]);
+            put(h + m * h_stride + n, total);
+        }
+}
+
+template <class T, int M>
+void shrink_rows(T* h, int64_t h_stride, const T* x, int64_t x_stride, const T* a, int width, int ranks) {
+    int n = 0;
+    for (; n + 4 <= ranks; n += 4) shrink_tile<T, M, 4>(h + n, h_stride, x, x_stride, a + (int64_t)n * width, width);
+    for (; n < ranks; n++) shrink_tile<T, M, 1>(h + n, h_stride, x, x_stride, a + (int64_t)n * width, width);
+}
+
+template <class T>
+void shrink(T* h, int64_t h_stride, const T* x, int64_t x_stride, const T* a, int width, int rows, int ranks) {
+    int m = 0;
+    for (; m + 4 <= rows; m += 4) shrink_rows<T, 4>(h + m * h_stride, h_stride, x + m * x_stride, x_stride, a, width, ranks);
+    for (; m < rows; m++) shrink_rows<T, 1>(h + m * h_stride, h_stride, x + m * x_stride, x_stride, a, width, ranks);
+}
+
+// tile[rows][32] += h[rows][ranks] b[ranks][32]; ranks <= CHUNK
+template <int PAIRS>
+INLINE void expand_tile(float* tile, const float* h, int64_t h_stride, const float* b, int64_t out, int rows, int ranks) {
+    v16f low[2 * PAIRS], high[2 * PAIRS];
+    for (int r = 0; r < 2 * PAIRS; r++) {
+        const bool there = r < ranks;
+        low[r] = there ? load(b + r * out) : v16f{}, high[r] = there ? load(b + r * out + 16) : v16f{};
+    }
+    for (int m = 0; m < rows; m++) {
+        v16f first = load(tile + m * 32), second = load(tile + m * 32 + 16);
+        for (int r = 0; r < 2 * PAIRS; r++) {
+            const float factor = r < ranks ? h[m * h_stride + r] : 0.0f;
+            first += low[r] * factor, second += high[r] * factor;
+        }
+        store(tile + m * 32, first), store(tile + m * 32 + 16, second);
+    }
+}
+
+#ifdef __AVX512BF16__
+INLINE __m512i interleave(__m512i a, __m512i b, bool high) {
+    alignas(64) static const uint16_t order[2][32] = {
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+    return _mm512_permutex2var_epi16(a, _mm512_load_si512(order[high]), b);
+}
+template <int PAIRS>
+INLINE void expand_tile(float* tile, const bf16* h, int64_t h_stride, const bf16* b, int64_t out, int rows, int ranks) {
+    __m512bh low[PAIRS], high[PAIRS];
+    for (int p = 0; p < PAIRS; p++) {
+        const __m512i even = _mm512_loadu_si512(b + 2 * p * out);
+        const __m512i odd = 2 * p + 1 < ranks ? _mm512_loadu_si512(b + (2 * p + 1) * out) : _mm512_setzero_si512();
+        low[p] = (__m512bh)interleave(even, odd, false), high[p] = (__m512bh)interleave(even, odd, true);
+    }
+    const bool ragged = ranks % 2;
+    for (int m = 0; m < rows; m++) {
+        __m512 first = _mm512_loadu_ps(tile + m * 32), second = _mm512_loadu_ps(tile + m * 32 + 16);
+        for (int p = 0; p < PAIRS; p++) {
+            int32_t pair;
+            memcpy(&pair, h + m * h_stride + 2 * p, 4);
+            if (ragged && p == PAIRS - 1) pair &= 0xffff;  // the next column belongs to another part
+            const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
+            first = _mm512_dpbf16_ps(first, factor, low[p]), second = _mm512_dpbf16_ps(second, factor, high[p]);
+        }
+        _mm512_storeu_ps(tile + m * 32, first), _mm512_storeu_ps(tile + m * 32 + 16, second);
+    }
+}
+#else
+template <int PAIRS>
+INLINE void expand_tile(float* tile, const bf16* h, int64_t h_stride, const bf16* b, int64_t out, int rows, int ranks) {
+    for (int r = 0; r < ranks; r++) {
+        const v16f low = load(b + r * out), high = load(b + r * out + 16);
+        for (int m = 0; m < rows; m++) {
+            const float factor = to_float(h[m * h_stride + r]);
+            store(tile + m * 32, load(tile + m * 32) + low * factor);
+            store(tile + m * 32 + 16, load(tile + m * 32 + 16) + high * factor);
+        }
+    }
+}
+#endif
+
+template <class T>
+void expand_chunk(float* tile, const T* h, int64_t h_stride, const T* b, int64_t out, int rows, int ranks) {
+    switch ((ranks + 1) / 2) {
+        case 1: return expand_tile<1>(tile, h, h_stride, b, out, rows, ranks);
+        case 2: return expand_tile<2>(tile, h, h_stride, b, out, rows, ranks);
+        case 3: return expand_tile<3>(tile, h, h_stride, b, out, rows, ranks);
+        case 4: return expand_tile<4>(tile, h, h_stride, b, out, rows, ranks);
+        case 5: return expand_tile<5>(tile, h, h_stride, b, out, rows, ranks);
+        case 6: return expand_tile<6>(tile, h, h_stride, b, out, rows, ranks);
+        case 7: return expand_tile<7>(tile, h, h_stride, b, out, rows, ranks);
+        default: return expand_tile<8>(tile, h, h_stride, b, out, rows, ranks);
+    }
+}
+
+// y[rows][columns] += h[rows][rank] b[rank][columns of out]
+template <class T>
+void expand(T* y, int64_t y_stride, const T* h, int64_t h_stride, const T* b, int64_t out, int rows, int columns, int rank) {
+    alignas(64) float tile[ROW_BLOCK * 32];
+    int c = 0;
+    for (; c + 32 <= columns; c += 32) {
+        for (int m = 0; m < rows; m++) {
+            store(tile + m * 32, load(y + m * y_stride + c));
+            store(tile + m * 32 + 16, load(y + m * y_stride + c + 16));
+        }
+        for (int r = 0; r < rank; r += CHUNK)
+            expand_chunk(tile, h + r, h_stride, b + r * out + c, out, rows, rank - r < CHUNK ? rank - r : CHUNK);
+        for (int m = 0; m < rows; m++) {
+            store(y + m * y_stride + c, load(tile + m * 32));
+            store(y + m * y_stride + c + 16, load(tile + m * 32 + 16));
+        }
+    }
+    for (; c < columns; c++)
+        for (int m = 0; m < rows; m++) {
+            float total = to_float(y[m * y_stride + c]);
+            for (int r = 0; r < rank; r++) total += to_float(h[m * h_stride + r]) * to_float(b[r * out + c]);
+            put(y + m * y_stride + c, total);
+        }
+}
+
+struct Range {
+    int64_t from, to;
+    Range(int64_t units, int thread, int threads) : from(units * thread / threads), to(units * (thread + 1) / threads) {}
+};
+
+INLINE int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+template <class T>
+void run(const Args& args) {
+    const int n = args.num_segments;
+    const int row_block = args.wide ? ROW_BLOCK : 4;  // shrink: few rows a unit when there are few rows
+    std::vector<int64_t> shrinks(n + 1), expands(n + 1);
+    std::vector<int> pieces(n);  // of an expand's columns
+    for (int s = 0; s < n; s++) {
+        const Entry entry{(const int64_t*)args.segments[3 * s] + args.entry};
+        const int64_t rows = args.segments[3 * s + 2];
+        const bool wide = rows > 4;
+        shrinks[s + 1] = shrinks[s] + (args.shrink ? blocks(rows, row_block) * (wide ? 1 : blocks(entry.total(), 4)) : 0);
+        for (int p = args.first_part; p < args.end_part; p++)
+            if (entry.rank(p)) pieces[s] += (int)blocks(args.outs[2 * p + 1], COLUMNS);
+        expands[s + 1] = expands[s] + blocks(rows, ROW_BLOCK) * pieces[s];
+    }
+    const auto worker = [&](int thread, int threads, auto&& barrier) {
+        const Range first(shrinks[n], thread, threads);
+        int s = 0;
+        for (int64_t unit = first.from; unit < first.to; unit++) {
+            while (unit >= shrinks[s + 1]) s++;
+            const int64_t* segment = args.segments + 3 * s;
+            const Entry entry{(const int64_t*)segment[0] + args.entry};
+            const bool wide = segment[2] > 4;
+            const int64_t ranks = wide ? 1 : blocks(entry.total(), 4), local = unit - shrinks[s];
+            const int64_t row = segment[1] + local / ranks * row_block, end = segment[1] + segment[2];
+            const int rank = (int)(local % ranks) * 4, left = entry.total() - rank;
+            const int rows = (int)(end - row < row_block ? end - row : row_block);
+            shrink((T*)args.h + row * args.h_stride + rank, args.h_stride, (const T*)args.x + row * args.x_stride, args.x_stride,
+                   (const T*)entry.a() + (int64_t)rank * args.width, args.width, rows, wide || left < 4 ? left : 4);
+        }
+        barrier();
+        const Range second(expands[n], thread, threads);
+        s = 0;
+        for (int64_t unit = second.from; unit < second.to; unit++) {
+            while (unit >= expands[s + 1]) s++;
+            const int64_t* segment = args.segments + 3 * s;
+            const Entry entry{(const int64_t*)segment[0] + args.entry};
+            const int64_t local = unit - expands[s], row = segment[1] + local / pieces[s] * ROW_BLOCK, end = segment[1] + segment[2];
+            int64_t piece = local % pieces[s];
+            int part = args.first_part;
+            for (;; part++) {
+                const int64_t count = entry.rank(part) ? blocks(args.outs[2 * part + 1], COLUMNS) : 0;
+                if (piece < count) break;
+                piece -= count;
+            }
+            const int64_t out = args.outs[2 * part + 1], column = piece * COLUMNS;
+            expand((T*)args.y + row * args.y_stride + args.outs[2 * part] + column, args.y_stride,
+                   (const T*)args.h + row * args.h_stride + entry.start(part), args.h_stride, (const T*)entry.b(part) + column, out,
+                   (int)(end - row < ROW_BLOCK ? end - row : ROW_BLOCK), (int)(out - column < COLUMNS ? out - column : COLUMNS),
+                   entry.rank(part));
+        }
+    };
+#ifdef _OPENMP
+    if (args.threads > 1) {
+#pragma omp parallel num_threads(args.threads)
+        worker(omp_get_thread_num(), omp_get_num_threads(), [] {
+#pragma omp barrier
+        });
+        return;
+    }
+#endif
+    worker(0, 1, [] {});
+}
+
+INLINE bool is_finite(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7f800000) != 0x7f800000;
+}
+
+// to = from * scale, or its transpose with a gain for each row; false when a value is not finite
+template <class S, class D>
+bool pack(D* to, const S* from, int64_t rows, int64_t columns, bool transpose, float scale, const float* gains) {
+    uint32_t bad = 0;
+    if (!transpose) {
+        for (int64_t i = 0; i < rows * columns; i++) {
+            const float value = to_float(from[i]);
+            bad |= !is_finite(value);
+            put(to + i, value * scale);
+        }
+        return !bad;
+    }
+    float block[64];
+    for (int64_t start = 0; start < rows; start += 64) {
+        const int64_t count = start + 64 < rows ? 64 : rows - start;
+        for (int64_t c = 0; c < columns; c++) {
+            for (int64_t r = 0; r < count; r++) {
+                block[r] = to_float(from[(start + r) * columns + c]);
+                bad |= !is_finite(block[r]);
+            }
+            if (gains)
+                for (int64_t r = 0; r < count; r++) put(to + c * rows + start + r, block[r] * (gains[start + r] * scale));
+            else
+                for (int64_t r = 0; r < count; r++) put(to + c * rows + start + r, block[r] * scale);
+        }
+    }
+    return !bad;
+}
+
+struct Move {
+    void* to;
+    const void* from;
+    const float* gains;
+    int64_t rows, columns;
+    float scale;
+    int32_t from_bf16, to_bf16, transpose;
+};
+
+}  // namespace
+
+extern "C" void swift_lora(const Args* args) { args->is_bf16 ? run<bf16>(*args) : run<float>(*args); }
+
+// Copies every matrix to its place; -1, or the number of the first that has NaN or infinity.
+extern "C" int32_t swift_lora_pack(const Move* moves, int32_t count) {
+    for (int32_t i = 0; i < count; i++) {
+        const Move& m = moves[i];
+        bool finite;
+        if (m.from_bf16)
+            finite = m.to_bf16 ? pack((bf16*)m.to, (const bf16*)m.from, m.rows, m.columns, m.transpose, m.scale, m.gains)
+                               : pack((float*)m.to, (const bf16*)m.from, m.rows, m.columns, m.transpose, m.scale, m.gains);
+        else
+            finite = m.to_bf16 ? pack((bf16*)m.to, (const float*)m.from, m.rows, m.columns, m.transpose, m.scale, m.gains)
+                               : pack((float*)m.to, (const float*)m.from, m.rows, m.columns, m.transpose, m.scale, m.gains);
+        if (!finite) return i;
+    }
+    return -1;
+}

@@ -1,0 +1,120 @@
+"""Adapters by the C++ kernel (lora.cpp): all segments of a batch in one call per linear or fused linear, and quick packing of files.
+
+Tables of pointers and `_Args` must describe the same memory as the tensors: the kernel checks nothing. It knows stacks and rows, not
+names, versions or modules. Letters: T rows, R rank, S slots.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swiftlite.engine.lora_ops import Segment, Stack
+
+DTYPES = (torch.float32, torch.bfloat16)
+MANY_ROWS = 16  # a segment of more rows is cut into larger pieces of work
+
+
+class _Args(ctypes.Structure):
+    """struct Args of lora.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("segments", "outs", "x", "y", "h")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "h_stride", "entry")),
+        *((name, ctypes.c_int32) for name in ("num_segments", "width", "first_part", "end_part", "shrink", "is_bf16", "threads", "wide")),
+    )
+
+
+class _Move(ctypes.Structure):
+    """struct Move of lora.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("to", "source", "gains")),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("from_bf16", "to_bf16", "transpose")),
+    )
+
+
+class NativeLora:
+    """The kernel for one model, whose groups of linears have these (input width, output widths)."""
+
+    def __init__(self, library: ctypes.CDLL, groups: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        self.function, self.pack_function = library.swift_lora, library.swift_lora_pack
+        self.pack_function.restype = ctypes.c_int32
+        self.widths = [width for width, _ in groups]
+        self.parts = max(len(outs) for _, outs in groups)
+        self.starts = [[sum(outs[:part]) for part in range(len(outs))] for _, outs in groups]
+        self.outs = [torch.tensor([pair for start, out in zip(starts, outs, strict=True) for pair in (start, out)])
+                     for starts, (_, outs) in zip(self.starts, groups, strict=True)]  # fmt: skip
+        self.outs_at = [outs.data_ptr() for outs in self.outs]
+
+    def plan(self, segments: list[Segment]) -> list[NativeJob]:
+        """The job of consecutive runs of rows; none where no row has an adapter."""
+        return [NativeJob(self, segments)] if any(stack is not None and count for stack, _, count in segments) else []
+
+    def pack(self, moves: Sequence[tuple[Tensor, Tensor, float, Tensor | None]], transpose: Sequence[bool]) -> int | None:
+        """Copy (to, from [rows, columns], scale, gains [rows] or None) each; returns the first that is not finite.
+
+        All are float32 or bfloat16 with contiguous rows; those in `transpose` are written as their transpose. Other threads run on.
+        """
+        table = (_Move * len(moves))()
+        for entry, (to, source, scale, gains), turned in zip(table, moves, transpose, strict=True):
+            entry.to, entry.source, entry.gains = to.data_ptr(), source.data_ptr(), None if gains is None else gains.data_ptr()
+            entry.rows, entry.columns, entry.scale = source.shape[0], source.shape[1], scale
+            entry.from_bf16, entry.to_bf16, entry.transpose = source.dtype == torch.bfloat16, to.dtype == torch.bfloat16, turned
+        bad = self.pack_function(table, len(moves))
+        return None if bad < 0 else bad
+
+
+class NativeJob:
+    """All rows of a batch that have an adapter (`lora_ops.Job`)."""
+
+    def __init__(self, owner: NativeLora, segments: list[Segment]) -> None:
+        self.owner = owner
+        rows: list[int] = []
+        self.stacks: dict[int, Stack] = {}
+        first, longest = 0, 0
+        for stack, slot, count in segments:
+            if stack is not None and count:
+                rows += (stack.table(slot, owner.parts), first, count)
+                longest = max(longest, count)
+                self.stacks[id(stack)] = stack
+            first += count
+        groups = range(len(owner.widths))
+        self.columns = [max(sum(stack.groups[group].ranks) for stack in self.stacks.values()) for group in groups]
+        self.adapted = [[any(s.groups[group].ranks[part] for s in self.stacks.values()) for part in range(len(owner.starts[group]))]
+                        for group in groups]  # fmt: skip
+        self.segments = torch.tensor(rows)
+        stack = next(iter(self.stacks.values()))
+        self.dtype, self.itemsize = stack.rows.dtype, stack.rows.element_size()
+        self.args = _Args(
+            segments=self.segments.data_ptr(),
+            num_segments=len(rows) // 3,
+            is_bf16=self.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+            wide=longest > MANY_ROWS,
+        )
+        self.pointer = ctypes.byref(self.args)
+
+    def adapts(self, group: int, part: int | None = None) -> bool:
+        return self.columns[group] > 0 if part is None else self.adapted[group][part]
+
+    def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:
+        args, owner = self.args, self.owner
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        args.shrink = h is None
+        if h is None:
+            # one element more: the kernel reads ranks in pairs
+            h = torch.empty(x.shape[0] * self.columns[group] + 1, dtype=self.dtype)
+        args.x, args.y, args.h = x.data_ptr(), y.data_ptr() - owner.starts[group][first] * self.itemsize, h.data_ptr()
+        args.x_stride, args.y_stride, args.h_stride = x.stride(0), y.stride(0), self.columns[group]
+        args.outs, args.entry, args.width = owner.outs_at[group], group * (2 + 3 * owner.parts), owner.widths[group]
+        args.first_part, args.end_part = first, end
+        self.owner.function(self.pointer)
+        return h
