@@ -165,6 +165,7 @@ class DecodeGraphs:
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     self._forward(size)
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
             print(f"CUDA graphs: off for this model, decode runs eagerly ({type(error).__name__}: {str(error).splitlines()[0]})")
             self.capture = False
             self._graphs.clear()
