@@ -30,6 +30,8 @@ class BlockPool:
         self._by_digest: dict[bytes, int] = {}
         self._digest: list[bytes | None] = [None] * num_blocks
         self._tokens: list[bytes] = [b""] * num_blocks
+        self._root: list[bytes] = [b""] * num_blocks
+        self._by_root: dict[bytes, set[int]] = {}
         self._salt = os.urandom(16)
 
     @property
@@ -79,7 +81,8 @@ class BlockPool:
             block = table[index]
             if digest not in self._by_digest:  # else another sequence computed the same prefix at the same time; one copy is enough
                 self._by_digest[digest] = block
-                self._digest[block], self._tokens[block] = digest, content
+                self._digest[block], self._tokens[block], self._root[block] = digest, content, root
+                self._by_root.setdefault(root, set()).add(block)
 
     # -- references
 
@@ -133,9 +136,20 @@ class BlockPool:
         for block in list(self._by_digest.values()):
             self._forget(block)
 
+    def forget_root(self, root: bytes) -> None:
+        """Drop the cached prefixes of one adapter; those blocks are handed out before others."""
+        for block in list(self._by_root.get(root, ())):
+            self._forget(block)
+            if self.refs[block] == 0:
+                self._free.move_to_end(block, last=False)
+
     def _forget(self, block: int) -> None:
         digest = self._digest[block]
         if digest is not None:
+            mine = self._by_root[self._root[block]]
+            mine.remove(block)
+            if not mine:
+                del self._by_root[self._root[block]]
             del self._by_digest[digest]
             self._digest[block], self._tokens[block] = None, b""
 
@@ -155,3 +169,5 @@ class BlockPool:
             assert self._digest[block] is None, f"block {block} is cached and writable"
         for digest, block in self._by_digest.items():
             assert self._digest[block] == digest, f"block {block} is cached under another digest"
+            assert block in self._by_root[self._root[block]], f"block {block} is cached, but not with its adapter's"
+        assert sum(map(len, self._by_root.values())) == len(self._by_digest), "adapters' cached blocks do not add up"

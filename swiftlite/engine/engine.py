@@ -70,7 +70,8 @@ class Engine:
         self.eos_ids = frozenset(itertools.chain.from_iterable(ids if isinstance(ids, list) else [ids] for ids in named)) - {None}
         self._decoder = Decoder(self.tokenizer)
         self._order = itertools.count()
-        self._loop = StepLoop(self.runner, config, self._release)
+        self._loop = StepLoop(self.runner, config, self.runner.lora)
+        self.runner.lora.on_gone = self._loop.adapter_gone
         atexit.register(shut_down, weakref.ref(self._loop))
         for name, path in (adapters or {}).items():
             self.add_adapter(name, path)
@@ -192,12 +193,20 @@ class Engine:
 
     def add_adapter(self, name: str, path: str | Path) -> AdapterInfo:
         """Read, check and register an adapter while requests run; under a taken name, new requests get the new weights."""
-        self._lora().add(name, path)
-        return next(info for info in self.adapters() if info.name == name)
+        version = self._lora().add(name, path)
+        self._loop.poke()
+        return self._lora().info(name, version)
+
+    def register_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        """The same after a look at the adapter's header only: its weights are read when the first request wants them."""
+        version = self._lora().register(name, path)
+        self._loop.poke()
+        return self._lora().info(name, version)
 
     def remove_adapter(self, name: str) -> None:
         """New requests do not find it any more; running ones keep it until they end, then its memory is freed."""
         self._lora().remove(name)
+        self._loop.poke()
 
     def adapters(self) -> list[AdapterInfo]:
         return [] if self.runner.lora is None else self.runner.lora.infos()

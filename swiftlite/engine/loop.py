@@ -14,6 +14,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from swiftlite.errors import OverloadError, RequestError
 
 if TYPE_CHECKING:
     from swiftlite.engine.lora import AdapterVersion
+    from swiftlite.engine.lora_store import Weights
 
 logger = logging.getLogger("swiftlite.engine")
 NOT_FINITE = "the model's logits are not finite (NaN or infinite)"
@@ -62,11 +64,21 @@ class _Rows:
     best: int = 0  # continuations that the beams want
 
 
+class Adapters(Protocol):
+    """What the loop needs of `lora.LoraManager`."""
+
+    def seat(self, version: AdapterVersion, waiter: Callable[[Weights | None, str], None]) -> Weights | None: ...
+
+    def leave(self, seat: Weights | None) -> None: ...
+
+    def release(self, version: AdapterVersion) -> None: ...
+
+
 class StepLoop:
     """Runs requests on a model in one thread, which starts with the first request."""
 
-    def __init__(self, model: Model, config: EngineConfig, release: Callable[[AdapterVersion], None]) -> None:
-        self.model, self.config, self._release = model, config, release
+    def __init__(self, model: Model, config: EngineConfig, adapters: Adapters) -> None:
+        self.model, self.config, self._adapters = model, config, adapters
         self.sampler = Sampler()
         self.counters = dict.fromkeys(
             ("steps", "failed_steps", "requests", "finished_requests", "failed_requests", "prompt_tokens", "cached_tokens",
@@ -78,6 +90,7 @@ class StepLoop:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._failures = 0  # steps in a row
+        self._gone: deque[str] = deque()  # digests of adapters
         self.scheduler = self._new_scheduler()
 
     def _new_scheduler(self) -> Scheduler:
@@ -142,6 +155,15 @@ class StepLoop:
             raise error[0]
         return result[0]
 
+    def adapter_gone(self, digest: str) -> None:
+        """Nobody uses these weights any more: their cached prefixes go at the next step, or with `poke` at once. Takes no lock."""
+        self._gone.append(digest)
+
+    def poke(self) -> None:
+        """Let an idle loop look round."""
+        with self._lock:
+            self._lock.notify()
+
     def stop(self) -> None:
         """Abort everything and end the thread. Safe to call twice."""
         with self._lock:
@@ -181,6 +203,7 @@ class StepLoop:
             while True:
                 with self._lock:
                     while not self._inbox and not self._stopping and self.scheduler.idle:
+                        self._forget_gone()
                         self._look_for_leaks()
                         self._lock.wait()
                     inbox, self._inbox = self._inbox, []
@@ -189,6 +212,7 @@ class StepLoop:
                 try:
                     for message in inbox:
                         message()
+                    self._forget_gone()
                     if not self.scheduler.idle:
                         self._step()
                 except Exception as error:  # a bug of ours: give up what runs, not the engine
@@ -202,8 +226,34 @@ class StepLoop:
             self._inbox, self._thread = [], None
 
     def _admit(self, request: Request) -> None:
-        if not request.finished:
-            self.scheduler.add(request.beam.beams[0] if request.beam is not None else request.sequences[0])
+        """Hand a request to the scheduler once its adapter's weights are there."""
+        if request.finished:
+            return
+        if request.adapter is not None and request.seat is None:
+            request.seat = self._adapters.seat(request.adapter, functools.partial(self._seat_came, request))
+            if request.seat is None:
+                return
+        self.scheduler.add(request.beam.beams[0] if request.beam is not None else request.sequences[0])
+
+    def _seat_came(self, request: Request, seat: Weights | None, error: str) -> None:
+        """Called by the adapters' loader, in its thread."""
+        with self._lock:
+            self._inbox.append(functools.partial(self._sit, request, seat, error))
+            self._lock.notify()
+
+    def _sit(self, request: Request, seat: Weights | None, error: str) -> None:
+        if request.finished:  # aborted while it waited
+            self._adapters.leave(seat)
+        elif seat is None:
+            self._end_request(request, "error", error)
+        else:
+            request.seat = seat
+            self._admit(request)
+
+    def _forget_gone(self) -> None:
+        while self._gone:
+            pool = self.scheduler.pool
+            pool.forget_root(pool.root(self._gone.popleft()))
 
     def _look_for_leaks(self) -> None:
         pool = self.scheduler.pool
@@ -404,7 +454,8 @@ class StepLoop:
 
     def _finish(self, request: Request) -> None:
         if request.adapter is not None:
-            self._release(request.adapter)
+            self._adapters.leave(request.seat)
+            self._adapters.release(request.adapter)
         with self._lock:
             del self._requests[request.id]
         self.counters["finished_requests"] += 1

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from swiftlite.engine.lora_cuda import AdapterTables, DeviceJob
 
-Waiter = Callable[["str | None"], None]  # told None: seated; or why not
+Waiter = Callable[["Weights | None", str], None]  # gets a seat, or the reason why there is none
 
 
 @dataclass(eq=False)
@@ -219,25 +219,30 @@ class LoraManager:
                 self._want(version)
             return version
 
-    def seat(self, version: AdapterVersion, waiter: Waiter) -> bool:
-        """A seat for one request that holds `version`. False: not yet, `waiter` will be called (from another thread)."""
+    def seat(self, version: AdapterVersion, waiter: Waiter) -> Weights | None:
+        """A seat for one request that holds `version`. None: not yet, `waiter` will be called (from another thread)."""
         with self._lock:
             weights = version.weights
             if weights is not None and not weights.closing:
                 self._sit(weights)
-                return True
+                return weights
             version.waiters.append(waiter)
             self._want(version)
-            return False
+            return None
 
-    def release(self, version: AdapterVersion, seated: bool = False) -> None:
-        """One request of `version` ended; `seated`: it had a seat."""
+    def leave(self, seat: Weights | None) -> None:
+        """Give a seat back."""
+        if seat is not None:
+            with self._lock:
+                assert seat.seated > 0, "a seat was given back twice"
+                seat.seated -= 1
+                self._room.notify_all()
+
+    def release(self, version: AdapterVersion) -> None:
+        """One request of `version` ended."""
         with self._lock:
             assert version.requests > 0, f"{version.name} released more often than acquired"
             version.requests -= 1
-            if seated:
-                assert version.weights is not None and version.weights.seated > 0, f"{version.name} has no seats to give back"
-                version.weights.seated -= 1
             self._free_unheld(version)
             self._room.notify_all()
 
@@ -250,9 +255,13 @@ class LoraManager:
         with self._lock:
             found = [(name, version, "ready") for name, version in self._names.items()]
             found += [(v.name, v, "draining") for v in self._versions if not v.names]
-            infos = [AdapterInfo(name, v.path, v.digest, v.number, v.rank, v.nbytes, "device" if v.weights else "disk", v.requests,
-                                 v.served, state) for name, v, state in found]  # fmt: skip
+            infos = [self.info(name, version, state) for name, version, state in found]
             return infos + [AdapterInfo(name, path, "", 0, 0, 0, "disk", 0, 0, "loading") for name, path in self._arriving]
+
+    def info(self, name: str, version: AdapterVersion, state: str = "ready") -> AdapterInfo:
+        v = version
+        tier = "device" if v.weights is not None else "disk"
+        return AdapterInfo(name, v.path, v.digest, v.number, v.rank, v.nbytes, tier, v.requests, v.served, state)
 
     def check(self, held: Iterable[AdapterVersion] = ()) -> None:
         """AssertionError when a count is wrong or memory leaked; `held` are the versions of running requests (none: idle)."""
@@ -328,7 +337,7 @@ class LoraManager:
                 version = self._wanted[0]
             try:
                 self._bring(version)
-                error = None
+                error = ""
             except SwiftError as caught:
                 error = f"{caught.what}: {caught.why}" if caught.why else caught.what
             except Exception as caught:  # a bug of ours must not keep requests waiting for ever
@@ -338,46 +347,55 @@ class LoraManager:
                 waiters, version.waiters = version.waiters, []
                 for weights in self._resident:
                     weights.closing = False
-                if error is None and waiters:
-                    assert version.weights is not None
-                    self._sit(version.weights, len(waiters))
+                weights = version.weights
+                if weights is not None:
+                    self._sit(weights, len(waiters))
+                elif not error and version.requests:  # one came when it seemed that nobody would
+                    version.waiters = waiters
+                    self._wanted.append(version)
+                    continue
             for waiter in waiters:
-                waiter(error)
+                waiter(weights, error)
 
     def _bring(self, version: AdapterVersion) -> None:
         """Have the weights of `version` on the device; waits for room. Returns without, too, when nobody needs them any more."""
-        with self._loading:
-            with self._lock:
-                while version.weights is None:
-                    if not version.requests:
-                        return
-                    if self._make_room(version.nbytes):
-                        break
-                    if not any(weights.closing for weights in self._resident):
-                        min(self._resident, key=lambda w: w.since).closing = True
-                    self._room.wait()
-                if version.weights is not None:
+        with self._lock:
+            while version.weights is None:
+                if not version.requests:
                     return
-                self._reserved += version.nbytes
-            try:
+                if self._make_room(version.nbytes):
+                    break
+                if not any(weights.closing for weights in self._resident):
+                    min(self._resident, key=lambda w: w.since).closing = True
+                self._room.wait()
+            if version.weights is not None:
+                return
+            size = version.nbytes
+            self._reserved += size
+        try:
+            with self._loading:
                 adapter = read(version.path, self.layers.shapes, max_rank=self.max_rank, finite=False)
+                self._size(adapter)
                 weights = self.store.store(adapter)
-            finally:
-                with self._lock:
-                    self._reserved -= version.nbytes
+        finally:
             with self._lock:
-                if version.digest and version.digest != weights.digest:
-                    self.store.free(weights)
-                    why = "its files are not those that were loaded under this name"
-                    raise AdapterError(f"the adapter {version.name} changed on disk", why, "load it again under its name")
-                version.digest = weights.digest
-                twin = next((w for w in self._resident if w.digest == weights.digest), None)
-                if twin is not None:
-                    self.store.free(weights)
-                    version.weights = twin
-                    twin.versions += 1
-                else:
-                    self._move_in(version, weights)
+                self._reserved -= size
+        with self._lock:
+            twin = next((w for w in self._resident if w.digest == weights.digest), None)
+            changed = version.digest and version.digest != weights.digest
+            if changed or twin is not None or version not in self._versions:
+                self.store.free(weights)
+            if changed:
+                why = "its files are not those that were loaded under this name"
+                raise AdapterError(f"the adapter {version.name} changed on disk", why, "load it again under its name")
+            version.digest = weights.digest
+            if version not in self._versions or version.weights is not None:
+                return
+            if twin is None:
+                self._move_in(version, weights)
+            else:
+                version.weights = twin
+                twin.versions += 1
 
     # -- one step
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from swiftlite.engine.beam import BeamSearch
     from swiftlite.engine.detok import Detokenizer
     from swiftlite.engine.lora import AdapterVersion
+    from swiftlite.engine.lora_store import Weights
     from swiftlite.engine.sampler import SamplingState
     from swiftlite.engine.spec import NgramIndex
     from swiftlite.engine.stream import Signal
@@ -178,6 +179,7 @@ class Request:
     finished_at: float = 0.0
     error: str | None = None
     version: int = 0  # counts changes that a stream may want to show
+    seat: Weights | None = None  # of its adapter, while the loop works on it
     finished: bool = False  # set last, after everything it owned is released
 
 

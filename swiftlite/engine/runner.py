@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from swiftlite.engine.scheduler import Scheduled
 
 CPU_SHARE = 0.25  # of the memory that is free after loading
+ADAPTER_SHARE, ADAPTER_SHARE_CUDA = 0.1, 0.5  # on a GPU the cache has taken its part already
 
 
 class Runner:
@@ -53,7 +54,7 @@ class Runner:
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
         self.num_blocks = self._size_cache()
         self.cache = KVCache(self.bridge.layers, self.num_blocks, config.block_size, dtype, device)
-        self.lora = LoraManager(self.model, config.max_lora_rank, library=self.bridge.library)
+        self.lora = LoraManager(self.model, config.max_lora_rank, memory=self._adapter_memory(), library=self.bridge.library)
         self._pages: Callable[..., DevicePages] | None = None
         self._decode: DecodeGraphs | None = None
         if device.type == "cuda" and not plain:
@@ -62,6 +63,14 @@ class Runner:
             else:
                 self.use_kernels(capture=not config.enforce_eager)
                 self._warm_up()
+
+    def _adapter_memory(self) -> int:
+        """Bytes for adapters: as told, else a share of what model and cache left free."""
+        if self.config.adapter_memory is not None:
+            return self.config.adapter_memory
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0] * ADAPTER_SHARE_CUDA)
+        return int(available_memory() * ADAPTER_SHARE)
 
     def use_kernels(self, capture: bool) -> None:
         """Run attention and adapters in Triton's kernels, decode steps in buffers of fixed shape, captured if `capture`.
