@@ -38,14 +38,14 @@ def test_a_cpu_process_imports_neither_triton_nor_cuda_code() -> None:
 
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
-    assert "passed" in run("-m", "pytest", "-p", "no:cacheprovider", "-x", str(HERE / "triton_kernels.py"), TRITON_INTERPRET="1")
+    assert "passed" in run("-m", "pytest", "-p", "no:cacheprovider", "-x", str(HERE / "kernel_cases.py"), TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here; the same cases run in the interpreter")
 def test_kernels_and_graphs_on_the_gpu() -> None:
-    assert "passed" in run("-m", "pytest", "-p", "no:cacheprovider", str(HERE / "triton_kernels.py"))
+    assert "passed" in run("-m", "pytest", "-p", "no:cacheprovider", str(HERE / "kernel_cases.py"))
 
 
 @needs_triton

@@ -53,7 +53,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 def test_vllm_gives_the_same_greedy_tokens(checkpoints, tmp_path):
     base = str(TINY_CHAT)
-    cases = [(base, None), (base, str(checkpoints["adapter"])), (str(checkpoints["merged"]), None), (str(checkpoints["int8"]), None)]
+    cases = [(base, None), (base, str(checkpoints["adapter"])), (str(checkpoints["merged"]), None), (str(checkpoints["int4"]), None)]
     ours, jobs = [], []
     for model, adapter in cases:
         llm = LLM(model=model, dtype="float32", adapters={"a": adapter} if adapter else {})

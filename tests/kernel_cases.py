@@ -1,6 +1,6 @@
 """The Triton kernels against torch's reference. Run by test_triton.py in a process of its own, on a GPU or in the interpreter.
 
-By hand: TRITON_INTERPRET=1 pytest tests/triton_kernels.py; without the variable, on the GPU.
+By hand: TRITON_INTERPRET=1 pytest tests/kernel_cases.py; without the variable, on the GPU.
 """
 
 from __future__ import annotations
