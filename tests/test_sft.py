@@ -282,6 +282,7 @@ def test_full_disk_and_light_start(tmp_path, model, data):
         (["--logging_steps", "0"], 2, "logging_steps"),
         (["--report_to", "wandbb"], 2, "wandbb"),
         (["--lora_rank", "0"], 2, "lora_rank"),
+        (["--deepspeed", "zero2"], 2, "--deepspeed is not built yet"),
         (["--per_device_train_batch_size", "0"], 2, "per_device_train_batch_size"),
         (["--resume_from_checkpoint", "/nowhere/checkpoint-3"], 1, "no checkpoint"),
         (["--adapters", "/nowhere/checkpoint-3"], 1, "no directory"),

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,29 +23,46 @@ from swiftlite.options.resolve import as_json, inherit
 
 
 def main(options: Options) -> int:
-    """Train; 0 when done or ended by SIGTERM after saving, 130 after Ctrl-C."""
+    """Train, in several processes where NPROC_PER_NODE says so; 0 when done or ended by SIGTERM after saving, 130 after Ctrl-C."""
+    from swiftlite.train import launch
+
+    if processes := launch.wanted():
+        return launch.launch(sys.argv[1:], processes)
     return 130 if sft(options)["interrupted"] == signal.SIGINT else 0
 
 
 def sft(options: Options) -> dict[str, Any]:
     """Train as the options say; returns the run's info: last_model_checkpoint, best_model_checkpoint, best_metric,
     global_step, train_time_s, tokens, memory_gb, run_dir, interrupted (signal number or None)."""
+    from swiftlite.train.ranks import Ranks
+
+    ranks = Ranks.here()
     resumed = Path(options.resume_from_checkpoint).resolve() if options.resume_from_checkpoint else None
-    state, tensors, saved = _read_resumed(options, resumed) if resumed else ({}, None, {})
+    before = _read_resumed(options, resumed) if resumed else ({}, None, {})
     start_from = None if resumed else _start_from(options)
     model_dir = _check(options)
+    from swiftlite.models.device import choose_device
 
+    device = choose_device(ranks.device(options.device))
+    with ranks.joined(device):
+        return _train(options, ranks, device, model_dir, start_from, resumed, *before)
+
+
+def _train(
+    options: Options, ranks: Any, device: Any, model_dir: Path, start_from: Path | None, resumed: Path | None, state: dict[str, Any],
+    tensors: dict[str, Any] | None, saved: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     import torch
 
     from swiftlite.chat.template import Template
-    from swiftlite.models.device import TORCH_DTYPES, choose_device, choose_dtype
+    from swiftlite.models.device import TORCH_DTYPES, choose_dtype
     from swiftlite.models.loading import load_config, load_tokenizer
     from swiftlite.train.batches import learnable
     from swiftlite.train.plan import Plan, Schedule
 
-    device = choose_device(options.device)
     config = load_config(model_dir)
     dtype = TORCH_DTYPES[saved["resolved"]["torch_dtype"]] if resumed else choose_dtype(options.torch_dtype, device, _dtype_name(config))
+    dtype = ranks.agree(dtype)  # it may have been measured
     tokenizer = load_tokenizer(model_dir)
     template = Template.load(model_dir, tokenizer, name=options.template, system=options.system)
     max_length = _max_length(options, config)
@@ -53,17 +71,17 @@ def sft(options: Options) -> dict[str, Any]:
     if not samples:
         raise DataError("no row is left to train on", "every row was dropped; the table says why", "check --dataset and --max_length")
 
-    _batch_size(options, samples)
+    _batch_size(options, samples, ranks.world)
     plan = Plan.make(
         [len(s.ids) for s in samples], options.per_device_train_batch_size, options.gradient_accumulation_steps,
-        options.packing, options.dataset_shuffle, options.data_seed,
+        options.packing, options.dataset_shuffle, options.data_seed, ranks.world,
     )  # fmt: skip
     total = plan.total_steps(options.num_train_epochs, options.max_steps)
     fingerprint = _fingerprint(samples)
     if resumed:
         from swiftlite.train.resume import check_fit
 
-        check_fit(state, resumed, fingerprint, total)
+        check_fit(state, resumed, fingerprint, total, ranks.world)
     print(plan.describe())
     from swiftlite.train.show import with_mask
 
@@ -84,13 +102,15 @@ def sft(options: Options) -> dict[str, Any]:
     trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))
     ready = time.perf_counter() - began
     print(f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {ready:.1f} s")
-    _checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained)
+    _checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained, ranks)
 
     from swiftlite.train import checkpoint, folder
-    from swiftlite.train.log import Logbook
+    from swiftlite.train.log import Logbook, Silent
 
     in_place = resumed is not None and not options.given("output_dir")
-    run = resumed.parent if resumed and in_place else folder.create(options.output_dir, _run_name(options), options.add_version)
+    run = resumed.parent if resumed and in_place else None
+    if run is None:
+        run = ranks.agree(folder.create(options.output_dir, _run_name(options), options.add_version) if ranks.first else Path())
     peak = options.learning_rate if options.learning_rate is not None else (1e-5 if full else 1e-4)
     args = _args(options, model_dir, dtype, {"learning_rate": peak, "max_length": max_length, "total_steps": total})
     warmup = options.warmup_steps if options.warmup_steps > 0 else math.ceil(options.warmup_ratio * total)
@@ -99,8 +119,9 @@ def sft(options: Options) -> dict[str, Any]:
         f"{total} steps; learning rate {peak:g}{'' if options.learning_rate is not None else f' (default for {options.tuner_type})'}, "
         f"{schedule.kind} after {schedule.warmup} warm-up steps; {len(evaluation)} rows for evaluation\nrun: {run}"
     )
-    checkpoint.clean(run)
-    folder.write_args(run, args)
+    if ranks.first:
+        checkpoint.clean(run)
+        folder.write_args(run, args)
 
     def save(directory: Path) -> None:
         if full:
@@ -116,21 +137,24 @@ def sft(options: Options) -> dict[str, Any]:
         options.weight_decay, (options.adam_beta1, options.adam_beta2), options.adam_epsilon, options.max_grad_norm, options.logging_steps,
         options.eval_steps or save_steps, save_steps, options.save_total_limit or 2, options.save_only_model,
     )  # fmt: skip
-    with closing(Logbook(run, total, state.get("log_history", []), options.report_to)) as logbook:
+    history = state.get("log_history", [])
+    with closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
         trainer = Trainer(
             model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, save,
-            {"fingerprint": fingerprint, "data": report},
+            {"fingerprint": fingerprint, "data": report}, ranks,
         )  # fmt: skip
         if resumed and tensors is not None:
             if full:
                 tuner.load_masters(tensors.get("masters", {}))
             trainer.restore(state, tensors)
             print(f"resumed at step {trainer.progress.step} of {total}")
-        torch.manual_seed(options.seed + 1) if not resumed else None
+        torch.manual_seed(options.seed + 1 + ranks.rank) if not resumed else None  # dropout differs between processes
         ended = trainer.run(lambda: {"masters": tuner.masters()} if full else {})
         info = _info(trainer, run, ended, device)
         logbook.final({key: value for key, value in info.items() if key != "interrupted"})
         rows = logbook.rows
+    if not ranks.first:
+        return info
     from swiftlite.train.plots import draw
     from swiftlite.train.report import write_report
 
@@ -188,6 +212,12 @@ def _check(options: Options) -> Path:
     if not options.dataset and not options.self_cognition_sample:
         raise UsageError("swift sft: which data?", fix="pass --dataset FILE.jsonl (or --self_cognition_sample N)")
     check_reporters(options.report_to)
+    for flag in ("deepspeed", "fsdp"):
+        if getattr(options, flag):
+            raise UsageError(
+                f"--{flag} is not built yet", "no process can hold a part of the model",
+                "leave it out: NPROC_PER_NODE alone trains with the whole model in every process",
+            )  # fmt: skip
     positive = ("logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size", "save_total_limit", "max_length")
     for flag in positive:
         value = getattr(options, flag)
@@ -248,15 +278,15 @@ def _rows(options: Options, template: Any, max_length: int) -> tuple[list[Any], 
     return samples, evaluation, table
 
 
-def _batch_size(options: Options, samples: Sequence[Any]) -> None:
+def _batch_size(options: Options, samples: Sequence[Any], ranks: int) -> None:
     """Where both sizes are left to us: as few forward passes a step as memory and the model's speed gain from."""
     if options.given("per_device_train_batch_size") or options.given("gradient_accumulation_steps"):
         return
     from swiftlite.train.plan import PASS_TOKENS, ROWS_A_STEP, rows_a_pass
 
-    rows = rows_a_pass(sum(len(s.ids) for s in samples) / len(samples))
+    rows = rows_a_pass(sum(len(s.ids) for s in samples) / len(samples), ranks)
     options.set("per_device_train_batch_size", rows, "chosen")
-    options.set("gradient_accumulation_steps", ROWS_A_STEP // rows, "chosen")
+    options.set("gradient_accumulation_steps", max(1, ROWS_A_STEP // rows // ranks), "chosen")
     if not options.given("per_device_eval_batch_size"):
         options.set("per_device_eval_batch_size", rows, "chosen")
     print(f"batch size: {rows} rows a forward pass (chosen: {ROWS_A_STEP} rows a step, at most about {PASS_TOKENS} tokens a pass)")
@@ -290,7 +320,7 @@ def _lora(options: Options, model: Any, start_from: Path | None, resumed: Path |
     return lora
 
 
-def _checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[Any], trained: int) -> None:
+def _checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[Any], trained: int, ranks: Any) -> None:
     """Decide on gradient checkpointing; says why."""
     from swiftlite.train import memory
     from swiftlite.train.batches import collate
@@ -304,7 +334,7 @@ def _checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[An
         kept = memory.kept_bytes(model, lambda: loss(batch)[0]) / batch.input_ids.shape[1] * tokens
         logits = 4 * sum(int(sample.mask.sum()) for sample in largest) * model.config.get_text_config().vocab_size
         need = kept + 12 * trained + 3 * min(CHUNK_BYTES, logits)  # gradients and two moments in float32; the loss's chunk
-        free = memory.free(loss.device)
+        free = memory.free(loss.device) // (ranks.local_world if loss.device.type == "cpu" else 1)
         on = need > 0.9 * free
         reason = f"the largest pass of {tokens} tokens needs about {need / memory.GB:.2g} GB, {free / memory.GB:.1f} GB are free"
     if on:

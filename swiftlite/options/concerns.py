@@ -43,7 +43,9 @@ class TemplateOptions:
 class DataOptions:
     """Rows to train or evaluate on."""
 
-    dataset: tuple[str, ...] = opt((), "path or id[:subset][#n], several allowed: jsonl, json, csv, txt, folder, hub id, self-cognition")
+    dataset: tuple[str, ...] = opt(
+        (), "path or id[:subset][#n], several allowed: jsonl, json, csv, txt, folder, hub id, a name such as alpaca-zh or self-cognition"
+    )
     val_dataset: tuple[str, ...] = opt((), "the same, for evaluation; default: split off by --split_dataset_ratio")
     split_dataset_ratio: float = opt(0.01, "share of the rows held out for evaluation when there is no --val_dataset")
     train_dataset_sample: int = opt(-1, "use only this many training rows (-1: all)")
@@ -51,6 +53,11 @@ class DataOptions:
     self_cognition_sample: int = opt(0, "add this many rows that say who the model is (needs --model_name and --model_author)")
     model_name: tuple[str, ...] = opt((), "the model's new name: Chinese then English, or one for both")
     model_author: tuple[str, ...] = opt((), "who made it: Chinese then English, or one for both")
+    dataset_info: str | None = opt(None, "JSON file that names datasets: ids or paths, subsets and columns (SWIFT's or LLaMA-Factory's form)")
+    interleave_prob: tuple[float, ...] = opt((), "mix the datasets by these probabilities, one for each; default: all rows of all")
+    stopping_strategy: str = opt(
+        "first_exhausted", "mixing ends when the first dataset is used up, or when all are", ("first_exhausted", "all_exhausted")
+    )
     columns: str | None = opt(None, 'rename columns: a JSON object, e.g. \'{"text1": "query"}\'')
     max_length: int | None = opt(None, "longest row in tokens; default: 2048, or the model's limit where that is less")
     truncation_strategy: str = opt("delete", "a longer row is dropped (delete) or cut (left, right)", ("delete", "left", "right"))
@@ -117,6 +124,8 @@ class TrainOptions:
     save_total_limit: int | None = opt(2, "keep the best and the newest checkpoints, at most so many (unset: 2)")
     save_only_model: bool = opt(False, "leave out the optimizer's state (no resuming)")
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
+    deepspeed: str | None = opt(None, "not built yet: every process holds the whole model (NPROC_PER_NODE sets how many there are)")
+    fsdp: str | None = opt(None, "not built yet, as --deepspeed")
     report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, or none")
     seed: int = opt(42, "seed of initialisation and dropout")
 

@@ -78,6 +78,18 @@ class Logbook:
                     self.board.add_scalar(f"{kind}/{key.removeprefix('eval_')}", value, row["global_step"])
 
 
+class Silent(Logbook):
+    """That of a process that writes nothing: it only remembers."""
+
+    def __init__(self, total_steps: int, history: list[dict[str, Any]]) -> None:
+        self.rows, self.total = list(history), total_steps
+        self.file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.board = self.progress = None
+
+    def say(self, text: str) -> None:
+        pass
+
+
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 

@@ -1,8 +1,10 @@
-"""The training loop: forward, backward, step; log, evaluate, save. One device, one process.
+"""The training loop: forward, backward, step; log, evaluate, save.
 
 The gradient of a step is that of (sum of token NLL) / (number of targets of the whole step), whatever the rows' grouping.
-Between log steps nothing is read back from the device. The loop's place is one integer, the number of steps done; with the
-weights, the optimizer's state and the random state it determines everything that follows (on a CPU: bit for bit).
+Several processes share a step's forward passes; all else each does alike, so weights, counts and decisions are the same in
+all of them, and the first writes. Between log steps nothing is read back from the device. The loop's place is one integer,
+the number of steps done; with the weights, the optimizer's state and the random state it determines everything that follows
+(on a CPU: bit for bit).
 
 Does not know data formats, templates, adapters' files: it gets encoded rows, a tuner and a `save` function.
 """
@@ -29,6 +31,9 @@ from swiftlite.train.interrupt import Interrupt
 from swiftlite.train.log import Logbook
 from swiftlite.train.loss import TargetLoss
 from swiftlite.train.plan import Plan, Schedule
+from swiftlite.train.ranks import Ranks
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Tuner(Protocol):
@@ -82,13 +87,17 @@ class Trainer:
         logbook: Logbook,
         save: Callable[[Path], None],
         extra_state: dict[str, Any],
+        ranks: Ranks = Ranks(),
     ) -> None:
+        self.ranks = ranks
         self.model, self.tuner, self.loss, self.plan, self.schedule = model, tuner, loss, plan, schedule
         self.samples, self.evaluation, self.settings = samples, evaluation, settings
         self.folder, self.logbook, self.save_model, self.extra_state = folder, logbook, save, extra_state
         self.device = loss.device
         self.named = list(tuner.named_parameters())
         self.parameters = [parameter for _, parameter in self.named]
+        self.used = self.parameters  # those that get gradients; known after the first step
+        self.heard: signal.Signals | None = None
         self.progress = Progress()
         self._reset_window()
         self.eval_passes: list[list[int]] = []
@@ -119,7 +128,7 @@ class Trainer:
             raise CheckpointError("cannot resume: the checkpoint trained other parameters than this run would", "the model differs")
         self.progress = Progress(**state["progress"])
         self.optimizer.load_state_dict(tensors["optimizer"])
-        self._set_random_state(tensors["random"])
+        self._set_random_state(tensors["random"][self.ranks.rank])
         window = tensors["window"]
         self.nll, self.hits = window["nll"].to(self.device), window["hits"].to(self.device)
         self.targets, self.tokens = window["targets"], window["tokens"]
@@ -129,19 +138,23 @@ class Trainer:
         started = time.perf_counter()
         settings = self.settings
         content = None
+        random = self.ranks.gather(self._random_state())
+        final = self.folder / f"checkpoint-{self.progress.step}"
+        self.progress.last_model_checkpoint = str(final)
+        if not self.ranks.first:
+            return final
         if not settings.save_only_model:
             window = {"nll": self.nll, "hits": self.hits, "targets": self.targets, "tokens": self.tokens}
             content = {
                 "names": [name for name, _ in self.named],
                 "optimizer": self.optimizer.state_dict(),
-                "random": self._random_state(),
+                "random": random,
                 "window": window,
                 **tensors(),
             }
-        final = self.folder / f"checkpoint-{self.progress.step}"
-        self.progress.last_model_checkpoint = str(final)
         state = {
-            **self.extra_state, "global_step": self.progress.step, "epoch": self._epoch(), "total_steps": self.schedule.total,
+            **self.extra_state, "processes": self.ranks.world, "global_step": self.progress.step, "epoch": self._epoch(),
+            "total_steps": self.schedule.total,
             "progress": vars(self.progress), "log_history": self.logbook.rows,
         }  # fmt: skip
         checkpoint.write(self.folder, self.progress.step, state, content, self.save_model)
@@ -182,28 +195,28 @@ class Trainer:
                     better = False
                     if self.evaluation and (step % settings.eval_steps == 0 or step == total):
                         better = self._evaluate(stop)
-                    if step % settings.save_steps == 0 or step == total or stop.signal is not None:
+                    if step % settings.save_steps == 0 or step == total or self._stopping(stop):
                         self._check_finite(norm)
                         if better:
                             self.progress.best_model_checkpoint = str(self.folder / f"checkpoint-{step}")
                         self.save(masters)
-                    if stop.signal is not None:
-                        return stop.signal if step < total else None
-                if stop.signal is not None and self.progress.step > 0:
-                    if self.progress.last_model_checkpoint != str(self.folder / f"checkpoint-{self.progress.step}"):
-                        self.save(masters)
-                    return stop.signal
-                return stop.signal
+                    if stopping := self._stopping(stop):
+                        return stopping if step < total else None
+                saved = self.progress.last_model_checkpoint == str(self.folder / f"checkpoint-{self.progress.step}")
+                if self._stopping(stop) and self.progress.step > 0 and not saved:
+                    self.save(masters)
+                return self._stopping(stop)
         finally:
             gc.unfreeze()
 
     def _step(self, number: int, check: bool, stop: Interrupt) -> tuple[torch.Tensor | None, float]:
         """One optimizer step; (gradient norm, learning rate). (None, 0) when a signal came before the weights changed."""
-        batches = [collate([self.samples[i] for i in rows], self.device) for rows in self.plan.step(number)]
-        targets = sum(batch.targets for batch in batches)
+        passes = self.plan.step(number)
+        targets = sum(int(self.samples[i].mask[1:].sum()) for rows in passes for i in rows)  # of all processes
+        batches = [collate([self.samples[i] for i in rows], self.device) for rows in passes[self.ranks.rank :: self.ranks.world]]
         total_nll, total_hits = torch.zeros_like(self.nll), torch.zeros_like(self.hits)
         for batch in batches:
-            if stop.signal is not None:
+            if stop.signal is not None and self.ranks.world == 1:
                 self.optimizer.zero_grad(set_to_none=True)
                 return None, 0.0
             nll, hits = self.loss(batch)
@@ -212,10 +225,12 @@ class Trainer:
             (nll / targets).backward()
             total_nll += nll.detach()
             total_hits += hits
+        if self.ranks.world > 1:
+            self._share(total_nll, total_hits, stop, check)
         self.nll += total_nll
         self.hits += total_hits
         self.targets += targets
-        self.tokens += sum(batch.tokens for batch in batches)
+        self.tokens += sum(len(self.samples[i].ids) for rows in passes for i in rows)
         if check:
             self._check_gradients()
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -228,6 +243,27 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, rate
+
+    def _share(self, nll: torch.Tensor, hits: torch.Tensor, stop: Interrupt, check: bool) -> None:
+        """Sum the step's gradients and counts over the processes, and let all hear of a signal that one of them got.
+
+        A process without a pass in this step adds zeros. A parameter that no process uses keeps no gradient, as in one.
+        """
+        if check:
+            used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.float32, device=self.device)
+            self.ranks.sum([used])
+            self.used = [p for p, yes in zip(self.parameters, used.tolist(), strict=True) if yes]
+        for parameter in self.used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        told = torch.tensor([stop.signal == number for number in SIGNALS], dtype=torch.int64)  # on the host: no wait for a GPU
+        self.ranks.sum([*(p.grad for p in self.used if p.grad is not None), nll, hits])
+        self.ranks.sum([told])
+        self.heard = next((number for number, count in zip(SIGNALS, told.tolist(), strict=True) if count), None)
+
+    def _stopping(self, stop: Interrupt) -> signal.Signals | None:
+        """The signal that ends the run; several processes must all have heard of it."""
+        return stop.signal if self.ranks.world == 1 else self.heard
 
     def _reset_window(self) -> None:
         """Start counting for the next log row."""
@@ -253,18 +289,18 @@ class Trainer:
         """Loss and token accuracy on the evaluation rows; True when the loss is the best so far. A signal cuts it short."""
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        targets = 0
         self.model.eval()
-        for rows in self.eval_passes:
-            if stop.signal is not None:
+        for rows in self.eval_passes[self.ranks.rank :: self.ranks.world]:
+            if stop.signal is not None and self.ranks.world == 1:
                 self.model.train()
                 return False
             batch = collate([self.evaluation[i] for i in rows], self.device)
             batch_nll, batch_hits = self.loss(batch)
             nll += batch_nll
             hits += batch_hits
-            targets += batch.targets
         self.model.train()
+        self.ranks.sum([nll, hits])
+        targets = sum(int(sample.mask[1:].sum()) for sample in self.evaluation)
         value = nll.item() / targets
         self.logbook.evaluation(
             {"eval_loss": value, "eval_token_acc": hits.item() / targets, "epoch": self._epoch(), "global_step": self.progress.step}

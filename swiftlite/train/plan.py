@@ -20,9 +20,10 @@ ROWS_A_STEP = 16  # where the batch size is left to us
 PASS_TOKENS = 2048  # beyond this a forward pass gains no speed and only takes memory
 
 
-def rows_a_pass(mean_length: float) -> int:
-    """The largest power of two up to ROWS_A_STEP whose rows of `mean_length` tokens stay within PASS_TOKENS."""
-    rows = ROWS_A_STEP
+def rows_a_pass(mean_length: float, ranks: int = 1) -> int:
+    """The largest power of two up to a process's share of ROWS_A_STEP whose rows of `mean_length` tokens stay within
+    PASS_TOKENS."""
+    rows = 1 << (max(1, ROWS_A_STEP // ranks).bit_length() - 1)
     while rows > 1 and rows * mean_length > PASS_TOKENS:
         rows //= 2
     return rows
@@ -70,18 +71,19 @@ class Plan:
 
     lengths: tuple[int, ...]
     rows: int  # rows a forward pass
-    accumulation: int  # forward passes a step
+    accumulation: int  # forward passes a step, all processes together
     packing: bool
     shuffle: bool
     seed: int
 
     @staticmethod
-    def make(lengths: Sequence[int], rows: int, accumulation: int | None, packing: bool, shuffle: bool, seed: int) -> Plan:
-        """`accumulation` None: about 16 rows a step. UsageError for sizes below 1."""
+    def make(lengths: Sequence[int], rows: int, accumulation: int | None, packing: bool, shuffle: bool, seed: int, ranks: int = 1) -> Plan:
+        """`accumulation`: passes of each of the `ranks` processes; None: about 16 rows a step. UsageError for sizes below 1."""
         for name, value in (("per_device_train_batch_size", rows), ("gradient_accumulation_steps", accumulation)):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be at least 1, got {value}")
-        return Plan(tuple(lengths), rows, accumulation or max(1, round(ROWS_A_STEP / rows)), packing, shuffle, seed)
+        passes = accumulation or max(1, round(ROWS_A_STEP / rows / ranks))
+        return Plan(tuple(lengths), rows, passes * ranks, packing, shuffle, seed)
 
     @cached_property
     def budget(self) -> int:

@@ -1,0 +1,110 @@
+"""NPROC_PER_NODE (with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT): this command again, once per process.
+
+What torchrun does, with the environment it sets, but a signal lets the processes save and leave on their own terms, exit
+codes are those of `swift`, and an error is printed once. Under torchrun itself nothing is launched. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import IO
+
+from swiftlite.errors import TrainError, UsageError
+
+GRACE = 10.0  # seconds for the first process to explain itself after another has failed
+
+
+def wanted(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes to launch here: 0 when this one trains itself. UsageError for NPROC_PER_NODE that is no number."""
+    if "RANK" in environment:
+        return 0
+    here, machines = (_number(environment, name, 1) for name in ("NPROC_PER_NODE", "NNODES"))
+    return here if here * machines > 1 else 0
+
+
+def launch(argv: list[str], processes: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Run `swift *argv` in so many processes; the exit code of the first, or of whichever failed."""
+    machines, machine = _number(environment, "NNODES", 1), _number(environment, "NODE_RANK", 0, least=0)
+    if machine >= machines:
+        raise UsageError(f"NODE_RANK is {machine}, of NNODES {machines}", fix="machines count from 0")
+    if machines > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
+        raise UsageError("several machines need MASTER_ADDR and MASTER_PORT", fix="set both to an address of machine 0, everywhere alike")
+    common = {
+        **environment, "WORLD_SIZE": str(processes * machines), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1"), "MASTER_PORT": environment.get("MASTER_PORT") or _free_port(),
+    }  # fmt: skip
+    print(f"{processes} processes" + (f" on machine {machine} of {machines}" if machines > 1 else ""), flush=True)
+    running: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryFile() as errors:  # of all but the first: most say the same
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            for process in running:
+                if process.poll() is None:
+                    process.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for local in range(processes):
+                own = {"RANK": str(machine * processes + local), "LOCAL_RANK": str(local)}
+                # a session of its own: Ctrl-C of the terminal reaches it once, through `forward`
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "swiftlite.cli", *argv], env=common | own, start_new_session=True,
+                        stderr=errors if local else None,
+                    )
+                )  # fmt: skip
+            return _wait(running, errors)
+        finally:
+            for process in running:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _wait(running: list[subprocess.Popen[bytes]], errors: IO[bytes]) -> int:
+    while True:
+        codes = [process.poll() for process in running]
+        if all(code is not None for code in codes):
+            return next((_exit_code(code) for code in codes if code), 0)
+        failed = [number for number, code in enumerate(codes) if code]
+        if failed:
+            deadline = time.monotonic() + GRACE
+            while running[0].poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            code = running[0].poll()
+            if code:
+                return _exit_code(code)
+            raise TrainError(f"process {failed[0]} failed (exit code {codes[failed[0]]})", _tail(errors))
+        time.sleep(0.05)
+
+
+def _tail(errors: IO[bytes]) -> str:
+    errors.seek(0)
+    return "\n".join(errors.read().decode(errors="replace").strip().splitlines()[-12:])
+
+
+def _exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def _number(environment: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(f"{name} must be a number from {least} up, got {text!r}", fix=f"unset {name}, or correct it")
+    return int(text)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
