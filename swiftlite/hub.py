@@ -40,11 +40,11 @@ def resolve_model(name: str, revision: str | None = None, use_hf: bool = False) 
     return _fetch("model", name, ids, revision, use_hf)
 
 
-def resolve_dataset(name: str, revision: str | None = None, use_hf: bool = False) -> Path:
-    """Directory of a dataset given by hub id; the same rules."""
+def resolve_dataset(name: str, revision: str | None = None, use_hf: bool = False, hf_name: str = "") -> Path:
+    """Directory of a dataset given by hub id; the same rules. `hf_name`: its id on Hugging Face where that differs."""
     if not ID.fullmatch(name):
         raise HubError(f"no such dataset: {name}", "it is no file, no folder and no hub id (org/name)", "check the path")
-    return _fetch("dataset", name, (name, name), revision, use_hf)
+    return _fetch("dataset", name, (name, hf_name or name), revision, use_hf)
 
 
 def _fetch(kind: str, name: str, ids: tuple[str, str], revision: str | None, use_hf: bool) -> Path:

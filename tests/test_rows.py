@@ -139,7 +139,8 @@ def test_syntax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_spec("org/name:a/b#20") == Spec("org/name", None, ("a", "b"), 20)
     assert parse_spec("HF::org/name:all") == Spec("org/name", True)
     assert parse_spec("ms::org/name#3") == Spec("org/name", False, (), 3)
-    assert parse_spec("sharegpt-gpt4-mini#5") == Spec("AI-ModelScope/sharegpt_gpt4", None, (), 5)
+    mini = parse_spec("sharegpt-gpt4-mini#5")
+    assert (mini.name, mini.count, mini.prefer) == ("AI-ModelScope/sharegpt_gpt4", 5, "sharegpt_gpt4")
     monkeypatch.chdir(tmp_path)
     for name in ("hf::a:b#7", "a.jsonl"):
         (tmp_path / name).write_text("{}")

@@ -13,12 +13,14 @@ import numpy as np
 
 from swiftlite.chat.conversation import Conversation
 from swiftlite.chat.template import Template
+from swiftlite.data import mixing
+from swiftlite.data.catalog import CATALOG, read_info
 from swiftlite.data.encoding import Report, Sample, encode
 from swiftlite.data.rows import Identity, Row, Rows, read, read_all, sample
 from swiftlite.errors import DataError, TemplateError, UsageError
 from swiftlite.options.parse import Options
 
-_SPLIT, _SAMPLE, _SELF, _SHUFFLE, _VAL, _REPEAT = range(100, 106)  # streams of the seed, apart from those of the datasets' positions
+_SPLIT, _SAMPLE, _SELF, _SHUFFLE, _VAL, _REPEAT, _MIX = range(100, 107)  # streams of the seed, apart from those of the datasets' positions
 
 
 def _columns(options: Options) -> dict[str, str] | None:
@@ -37,7 +39,8 @@ def _columns(options: Options) -> dict[str, str] | None:
 
 def _read(options: Options, specs: tuple[str, ...], labelled: bool, stream: int = 0) -> list[Rows]:
     identity = Identity(options.model_name, options.model_author)
-    return read_all(specs, _columns(options), identity, options.use_hf, options.strict, options.data_seed + stream, labelled)
+    known = {**CATALOG, **read_info(options.dataset_info)} if options.dataset_info else CATALOG
+    return read_all(specs, _columns(options), identity, options.use_hf, options.strict, options.data_seed + stream, labelled, known)
 
 
 def _split(options: Options, labelled: bool = True) -> tuple[Rows, Rows]:
@@ -48,6 +51,9 @@ def _split(options: Options, labelled: bool = True) -> tuple[Rows, Rows]:
         raise UsageError(f"--split_dataset_ratio must lie in [0, 1), got {ratio}")
     if options.data_seed < 0:
         raise UsageError(f"--data_seed must not be negative, got {options.data_seed}")
+    if options.interleave_prob:
+        mixing.check(options.interleave_prob, len(options.dataset))
+    parts = []
     for position, part in enumerate(_read(options, options.dataset, labelled)):
         train.bad += part.bad
         count = 0
@@ -58,13 +64,26 @@ def _split(options: Options, labelled: bool = True) -> tuple[Rows, Rows]:
         if part.repeat_to is not None:  # repeated after the split, so that no evaluation row is trained on
             wanted = part.repeat_to - count
             kept = [kept[i] for i in sample(wanted, len(kept), np.random.default_rng([options.data_seed, _REPEAT, position]))]
-        train.rows += kept
+        parts.append(kept)
         held.rows += [row for index, row in enumerate(part.rows) if index in chosen]
+    train.rows = _mixed(options, parts) if options.interleave_prob else [row for kept in parts for row in kept]
     for part in _read(options, options.val_dataset, labelled, stream=1):
         held.rows += part.rows
         held.bad += part.bad
     held.rows = _limited(held.rows, options.val_dataset_sample, [options.data_seed, _VAL])
     return train, held
+
+
+def _mixed(options: Options, parts: list[list[Row]]) -> list[Row]:
+    """The datasets' training rows by --interleave_prob; says what came of it."""
+    if options.dataset_shuffle:  # so that a dataset of which only a part is used gives rows from everywhere
+        rngs = [np.random.default_rng([options.data_seed, _MIX, position]) for position in range(len(parts))]
+        parts = [[part[i] for i in rng.permutation(len(part)).tolist()] for rng, part in zip(rngs, parts, strict=True)]
+    order = mixing.interleave([len(part) for part in parts], options.interleave_prob, options.stopping_strategy, [options.data_seed, _MIX])
+    used = [sum(1 for which, _ in order if which == position) for position in range(len(parts))]
+    shares = ", ".join(f"{name} {count:,} of {len(part):,}" for name, count, part in zip(options.dataset, used, parts, strict=True))
+    print(f"datasets mixed by --interleave_prob ({options.stopping_strategy}): {shares} rows")
+    return [parts[which][row] for which, row in order]
 
 
 def _limited(rows: list[Row], count: int, seed: list[int]) -> list[Row]:

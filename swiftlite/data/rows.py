@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from swiftlite.chat.conversation import Conversation
+from swiftlite.data.catalog import CATALOG, Entry
 from swiftlite.data.formats import to_conversation
 from swiftlite.data.sources import Broken, parse_spec, records
 from swiftlite.errors import DataError, UsageError
@@ -99,12 +100,16 @@ def read(
     use_hf: bool = False,
     bad: list[BadRow] | None = None,
     labelled: bool = True,
+    known: Mapping[str, Entry] = CATALOG,
 ) -> Iterator[Row]:
     """Rows of one dataset argument, in file order (its `#n` is `sample`'s matter).
 
     Bad records are appended to `bad`; without `bad`, the first one raises DataError with file and line.
     """
-    for record, source, number in records(parse_spec(spec), use_hf):
+    parsed = parse_spec(spec, known)
+    if parsed.columns:
+        columns = {**parsed.columns, **(columns or {})}
+    for record, source, number in records(parsed, use_hf):
         try:
             if isinstance(record, Broken):
                 raise DataError(record.why, record.detail)
@@ -142,15 +147,23 @@ def sample(count: int | None, length: int, rng: np.random.Generator) -> list[int
 
 
 def read_all(
-    specs: Sequence[str], columns: dict[str, str] | None, identity: Identity, use_hf: bool, strict: bool, seed: int, labelled: bool = True
+    specs: Sequence[str],
+    columns: dict[str, str] | None,
+    identity: Identity,
+    use_hf: bool,
+    strict: bool,
+    seed: int,
+    labelled: bool = True,
+    known: Mapping[str, Entry] = CATALOG,
 ) -> list[Rows]:
     """The datasets one by one, each cut to its `#n` (`repeat_to` keeps an n beyond what there is, for the caller to fill after
     it has held rows out). The draw depends on `seed` and the dataset's position alone."""
     found = []
     for position, spec in enumerate(specs):
         rows = Rows()
-        rows.rows = list(read(spec, columns, identity=identity, use_hf=use_hf, bad=None if strict else rows.bad, labelled=labelled))
-        count = parse_spec(spec).count
+        bad = None if strict else rows.bad
+        rows.rows = list(read(spec, columns, identity=identity, use_hf=use_hf, bad=bad, labelled=labelled, known=known))
+        count = parse_spec(spec, known).count
         if count is not None and count <= len(rows.rows):
             rows.rows = [rows.rows[i] for i in sample(count, len(rows.rows), np.random.default_rng([seed, position]))]
         elif count is not None:

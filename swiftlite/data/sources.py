@@ -7,15 +7,17 @@ the caller's choice. It does not know what the columns mean.
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swiftlite.errors import DataError
+from swiftlite.data.catalog import CATALOG, Entry, find
+from swiftlite.errors import DataError, HubError
 from swiftlite.hub import resolve_dataset
 
 HERE = Path(__file__).parent
@@ -23,13 +25,6 @@ BUNDLED = {
     "self-cognition": HERE / "self_cognition.jsonl",
     "swift/self-cognition": HERE / "self_cognition.jsonl",
     "tiny-chat": HERE / "tiny_chat.jsonl",
-}
-# SWIFT's dataset names -> hub id[:subset].
-NAMES = {
-    "sharegpt-gpt4-mini": "AI-ModelScope/sharegpt_gpt4:default",
-    "sharegpt-gpt4": "AI-ModelScope/sharegpt_gpt4",
-    "alpaca-zh": "AI-ModelScope/alpaca-gpt4-data-zh",
-    "alpaca-en": "AI-ModelScope/alpaca-gpt4-data-en",
 }
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 METADATA = ("dataset_infos.json", "dataset_info.json", "configuration.json", "dataset_dict.json", "state.json", "requirements.txt")
@@ -45,16 +40,22 @@ class Broken:
 
 @dataclass(frozen=True)
 class Spec:
-    """One parsed dataset argument; `use_hf` None: the default hub order; `count` None: all rows."""
+    """One parsed dataset argument; `use_hf` None: the default hub order; `count` None: all rows.
+
+    From the catalog: `hf` the id on Hugging Face where it differs, `prefer` files, `columns` (theirs -> ours).
+    """
 
     name: str
     use_hf: bool | None = None
     subsets: tuple[str, ...] = ()
     count: int | None = None
+    hf: str = ""
+    prefer: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
-def parse_spec(text: str) -> Spec:
-    """`[hf::|ms::]id[:subset[/subset]][#n]`. Raises DataError for a count that is no number."""
+def parse_spec(text: str, known: Mapping[str, Entry] = CATALOG) -> Spec:
+    """`[hf::|ms::]id[:subset[/subset]][#n]`, where id may be a name in `known`. Raises DataError for a count that is no number."""
     if os.path.exists(os.path.expanduser(text)):
         return Spec(text)
     name, use_hf, count = text, None, None
@@ -67,12 +68,17 @@ def parse_spec(text: str) -> Spec:
         if not number.isdigit() or int(number) == 0:
             raise DataError(f"cannot read the dataset {text!r}", f"{number!r} after # is no number of rows", "write e.g. data.jsonl#1000")
         name, count = head, int(number)
-    if not os.path.exists(os.path.expanduser(name)):
-        name = NAMES.get(name, name)
-        head, colon, subset = name.rpartition(":")
-        if colon and head:
-            name, subsets = head, tuple(part for part in subset.split("/") if part not in ("all", "default", ""))
-    return Spec(name, use_hf, subsets, count)
+    if os.path.exists(os.path.expanduser(name)):
+        return Spec(name, use_hf, subsets, count)
+    head, colon, subset = name.rpartition(":")
+    if colon and head:
+        name, subsets = head, tuple(part for part in subset.split("/") if part not in ("all", "default", ""))
+    entry = find(name, known)
+    if entry is None:
+        return Spec(name, use_hf, subsets, count)
+    prefer = "" if subsets else entry.prefer
+    subsets = subsets or tuple(part for part in entry.subsets if part not in ("all", "default"))
+    return Spec(entry.path or entry.ms, use_hf, subsets, count, entry.hf, prefer, entry.columns)
 
 
 def records(spec: Spec, use_hf: bool = False) -> Iterator[tuple[Any, str, int]]:
@@ -83,7 +89,11 @@ def records(spec: Spec, use_hf: bool = False) -> Iterator[tuple[Any, str, int]]:
     if not path.exists():
         if spec.name.lower().endswith(ENDINGS) or spec.name.startswith(("/", "./", "../", "~")):
             raise DataError(f"no such dataset file: {spec.name}", f"looked at {path.absolute()}", "check the path")
-        path = resolve_dataset(spec.name, use_hf=use_hf if spec.use_hf is None else spec.use_hf)
+        try:
+            path = resolve_dataset(spec.name, use_hf=use_hf if spec.use_hf is None else spec.use_hf, hf_name=spec.hf)
+        except HubError as error:
+            close = difflib.get_close_matches(spec.name, [*CATALOG, *BUNDLED], n=1, cutoff=0.7) if "/" not in spec.name else []
+            raise HubError(error.what, error.why, f"did you mean {close[0]!r}?" if close else error.fix) from None
     for file in _files(path, spec):
         yield from read_file(file)
 
@@ -109,6 +119,7 @@ def _files(path: Path, spec: Spec) -> list[Path]:
             names = ", ".join(str(f.relative_to(path)) for f in found[:10]) or "no data file"
             raise DataError(f"the dataset {spec.name} has no subset {'/'.join(spec.subsets)}", f"it holds: {names}", "name one of these")
         found = chosen
+    found = [file for file in found if spec.prefer and spec.prefer in str(file.relative_to(path)).lower()] or found
     train = [file for file in found if "train" in file.stem.lower() or "train" in map(str.lower, file.relative_to(path).parts[:-1])]
     found = train or found  # a hub dataset's test split is not for training
     if not found:

@@ -21,6 +21,8 @@ ALIASES: dict[str, str] = {
     "dataset_seed": "data_seed",
     "custom_train_dataset_path": "dataset",
     "custom_val_dataset_path": "val_dataset",
+    "custom_dataset_info": "dataset_info",
+    "interleave_probs": "interleave_prob",
     "max_seq_length": "max_length",
     "train_dataset_shuffle": "dataset_shuffle",
     # checkpoint

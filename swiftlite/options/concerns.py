@@ -53,7 +53,7 @@ class DataOptions:
     self_cognition_sample: int = opt(0, "add this many rows that say who the model is (needs --model_name and --model_author)")
     model_name: tuple[str, ...] = opt((), "the model's new name: Chinese then English, or one for both")
     model_author: tuple[str, ...] = opt((), "who made it: Chinese then English, or one for both")
-    dataset_info: str | None = opt(None, "JSON file that names datasets: ids or paths, subsets and columns (SWIFT's or LLaMA-Factory's form)")
+    dataset_info: str | None = opt(None, "JSON file that names datasets: ids or paths, subsets, columns (SWIFT's or LLaMA-Factory's form)")
     interleave_prob: tuple[float, ...] = opt((), "mix the datasets by these probabilities, one for each; default: all rows of all")
     stopping_strategy: str = opt(
         "first_exhausted", "mixing ends when the first dataset is used up, or when all are", ("first_exhausted", "all_exhausted")
