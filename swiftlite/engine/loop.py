@@ -1,35 +1,30 @@
-"""The step loop: take what came in, schedule, run the model, sample, append, see who is done, wake the readers.
+"""The step loop: one thread that takes what came in, makes a step (step.py), and begins again; and the books of all requests.
 
 Invariants: only the loop's thread touches the scheduler, the blocks and a request's state; a request is marked finished only
-after its blocks and its adapter reference are given back; a failing request ends alone, a failing step ends its batch with an
-error, and the loop goes on; when nothing runs, every block is free.
+after its blocks and its adapter reference are given back; a failing request ends alone, and the loop goes on whatever happens;
+when nothing runs, every block is free.
 
-It does not know text (but for stop strings, through the request's detokenizer), tokenizers, devices or how requests are checked.
+It does not know what a step is made of, text, tokenizers, devices or how requests are checked.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
-from swiftlite.engine.blocks import BlockPool
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.request import Request, Sequence, TokenLogprob
-from swiftlite.engine.sampler import Sampler, token_logprobs
-from swiftlite.engine.scheduler import Scheduled, Scheduler
-from swiftlite.engine.spec import count_accepted
-from swiftlite.engine.stream import Signal, wake
+from swiftlite.engine.request import Request
+from swiftlite.engine.scheduler import Scheduler
+from swiftlite.engine.step import Model, Stepper
+from swiftlite.engine.stream import wake
 from swiftlite.errors import OverloadError, RequestError
 
 if TYPE_CHECKING:
@@ -37,31 +32,8 @@ if TYPE_CHECKING:
     from swiftlite.engine.lora_store import Weights
 
 logger = logging.getLogger("swiftlite.engine")
-NOT_FINITE = "the model's logits are not finite (NaN or infinite)"
 MAX_FAILED_STEPS = 3  # in a row; then the loop calls itself unhealthy
 T = TypeVar("T")
-
-
-class Model(Protocol):
-    """What the loop needs of `runner.Runner`."""
-
-    num_blocks: int
-
-    def execute(self, scheduled: list[Scheduled]) -> Tensor: ...
-
-    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None: ...
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Which rows of a step's logits are whose."""
-
-    sequences: list[Sequence] = field(default_factory=list)  # one for each token that is sampled; a draft's sequence several times
-    where: list[int] = field(default_factory=list)  # their rows
-    drafts: list[tuple[int, Scheduled]] = field(default_factory=list)  # place of a draft's first row in `sequences`
-    beams: list[Sequence] = field(default_factory=list)
-    beam_where: list[int] = field(default_factory=list)
-    best: int = 0  # continuations that the beams want
 
 
 class Adapters(Protocol):
@@ -78,9 +50,8 @@ class StepLoop:
     """Runs requests on a model in one thread, which starts with the first request."""
 
     def __init__(self, model: Model, config: EngineConfig, adapters: Adapters) -> None:
-        self.model, self.config, self._adapters = model, config, adapters
-        self.sampler = Sampler()
-        self.counters = dict.fromkeys(
+        self._adapters = adapters
+        self.counters: dict[str, float] = dict.fromkeys(
             ("steps", "failed_steps", "requests", "finished_requests", "failed_requests", "prompt_tokens", "cached_tokens",
              "generated_tokens", "preemptions", "draft_tokens", "accepted_tokens", "allocated_slots", "empty_slots"), 0,
         )  # fmt: skip
@@ -89,21 +60,19 @@ class StepLoop:
         self._requests: dict[str, Request] = {}
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._failures = 0  # steps in a row
         self._gone: deque[str] = deque()  # digests of adapters
-        self.scheduler = self._new_scheduler()
+        self._steps = Stepper(model, config, self.counters, self._end_request, self._finish)
 
-    def _new_scheduler(self) -> Scheduler:
-        pool = BlockPool(self.model.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
-        config = self.config
-        return Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, config.speculate_ngram)
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._steps.scheduler
 
     # -- called from any thread
 
     @property
     def healthy(self) -> bool:
         """It takes requests, and the last steps did not all fail."""
-        return not self._stopping and self._failures < MAX_FAILED_STEPS
+        return not self._stopping and self._steps.failures < MAX_FAILED_STEPS
 
     def add(self, requests: SequenceOf[Request], limit: int | None = None) -> None:
         """Queue checked requests. With `limit`, OverloadError when so many wait already; RequestError for an id in use."""
@@ -214,7 +183,7 @@ class StepLoop:
                         message()
                     self._forget_gone()
                     if not self.scheduler.idle:
-                        self._step()
+                        self._steps.step()
                 except Exception as error:  # a bug of ours: give up what runs, not the engine
                     logger.exception("the step loop failed; all its requests end with an error")
                     self._reset(error)
@@ -259,180 +228,16 @@ class StepLoop:
         pool = self.scheduler.pool
         if not self._requests and pool.num_free != pool.num_blocks:
             logger.error("nothing runs, but %d blocks are held: please report this", pool.num_blocks - pool.num_free)
-            self.counters["preemptions"] += self.scheduler.num_preemptions
-            self.scheduler = self._new_scheduler()
+            self._steps.start_over()
 
     def _reset(self, error: Exception) -> None:
         message = f"the engine failed: {type(error).__name__}: {error}"
-        self._failures += 1
-        self.counters["failed_steps"] += 1
-        self.counters["preemptions"] += self.scheduler.num_preemptions
-        self.scheduler = self._new_scheduler()
+        self._steps.count_failure()
+        self._steps.start_over()
         for request in list(self._requests.values()):
             for seq in (*request.sequences, *(request.beam.beams if request.beam is not None else ())):
                 seq.block_table, seq.running = [], False
             self._end_request(request, "error", message)
-
-    def _step(self) -> None:
-        scheduler = self.scheduler
-        batch = scheduler.schedule()
-        assert batch, "there is work, but nothing was scheduled"
-        self.counters["steps"] += 1
-        try:
-            if scheduler.copies:
-                self.model.copy_blocks(scheduler.copies)
-            logits = self.model.execute(batch)  # [S, V]
-            rows = self._rows(batch, logits)
-            allocated, empty = scheduler.count_slots()
-            self.counters["allocated_slots"] += allocated
-            self.counters["empty_slots"] += empty
-            best = self.sampler.best(logits[rows.beam_where], [b.sampling for b in rows.beams], rows.best) if rows.beams else None
-            if rows.where and (len(rows.where) != len(logits) or rows.where[-1] != len(logits) - 1):
-                logits = logits[rows.where]  # some rows are of prompts, of beams, or of siblings that start together
-            tokens, logprobs = self.sampler.sample(logits, [seq.sampling for seq in rows.sequences]) if rows.where else ([], [])
-        except Exception as error:
-            logger.exception("a step failed; its %d requests end with an error", len(batch))
-            self._failures += 1
-            self.counters["failed_steps"] += 1
-            for item in batch:
-                self._end_request(item.seq.request, "error", f"the step failed: {type(error).__name__}: {error}")
-            return
-        self._failures = 0
-        if best is not None:
-            self._search(rows.beams, *best)
-        if rows.drafts:
-            self._drop_rejected(rows, tokens, logprobs)
-        if rows.sequences:
-            self._append(rows.sequences, tokens, logprobs)
-        for _, item in rows.drafts:
-            if item.seq.running:
-                scheduler.keep(item.seq)
-
-    def _rows(self, batch: list[Scheduled], logits: Tensor) -> _Rows:
-        """Who gets a token now, from which rows of `logits`; starts the siblings of finished prompts."""
-        scheduler = self.scheduler
-        rows = _Rows()
-        end = 0
-        for item in batch:
-            scheduler.done(item)
-            end += item.rows
-            seq, request = item.seq, item.seq.request
-            if request.finished or not item.rows:  # the prompt goes on in the next step
-                continue
-            if request.prompt_logprobs is not None and seq.index == 0 and len(request.prompt_logprobs) < seq.prompt_len:
-                self._note_prompt(item, logits[end - item.rows : end])
-            if item.start + item.count < len(seq.token_ids):
-                continue
-            if len(seq.token_ids) >= seq.max_len:  # max_tokens 0: only the prompt was asked for
-                self._end_request(request, "length")
-                continue
-            if seq.text_end == 0 and request.first_token == 0:
-                self.counters["prompt_tokens"] += seq.prompt_len
-                self.counters["cached_tokens"] += seq.num_cached
-                request.sequences[0].num_cached = seq.num_cached
-            if request.beam is not None:
-                rows.beams.append(seq)
-                rows.beam_where.append(end - 1)
-                rows.best = max(rows.best, request.beam.candidates)
-                continue
-            if item.draft:
-                rows.drafts.append((len(rows.where), item))
-            count = 1 + len(item.draft)
-            rows.sequences += [seq] * count
-            rows.where += range(end - count, end)
-            if request.siblings_pending:
-                request.siblings_pending = False
-                started = [sibling for sibling in request.sequences[1:] if scheduler.fork(seq, sibling)]
-                rows.sequences += started
-                rows.where += [end - 1] * len(started)
-        return rows
-
-    def _drop_rejected(self, rows: _Rows, tokens: list[int], logprobs: list[TokenLogprob | None]) -> None:
-        """Take the rows after each draft's first wrong token out of all three lists."""
-        for start, item in reversed(rows.drafts):
-            accepted = count_accepted(item.draft, tokens[start : start + item.rows])
-            for values in (rows.sequences, tokens, logprobs):
-                del values[start + accepted + 1 : start + item.rows]
-            self.counters["draft_tokens"] += len(item.draft)
-            self.counters["accepted_tokens"] += accepted
-            assert item.seq.ngrams is not None
-            item.seq.ngrams.learn(len(item.draft), accepted, self.config.speculate_ngram)
-
-    def _search(self, beams: list[Sequence], tokens: list[list[int]], values: list[list[float]]) -> None:
-        """Hand each beam its best continuations; searches that have all of theirs go one token further."""
-        now = time.monotonic()
-        for beam, best, scores in zip(beams, tokens, values, strict=True):
-            request = beam.request
-            assert request.beam is not None
-            if request.finished:  # a sibling failed a moment ago
-                continue
-            if math.isnan(scores[0]):
-                self._end_request(request, "error", NOT_FINITE)
-                continue
-            self.counters["generated_tokens"] += 1
-            request.first_token = request.first_token or now
-            if request.beam.take(beam, best, scores) and not request.beam.advance(self.scheduler):
-                request.beam.settle()
-                self._finish(request)
-
-    @staticmethod
-    def _note_prompt(item: Scheduled, logits: Tensor) -> None:
-        """Log-probabilities of the prompt tokens that the item's logits rows [rows, V] predict."""
-        seq = item.seq
-        known = seq.request.prompt_logprobs
-        assert known is not None
-        first = item.start + item.count - item.rows  # position of the first row; it predicts the next token
-        targets = seq.token_ids[len(known) : min(item.start + item.count + 1, seq.prompt_len)]
-        skip = len(known) - 1 - first
-        if targets:
-            count = seq.request.params.prompt_logprobs or 0
-            known += token_logprobs(logits[skip : skip + len(targets)].float(), targets, [count] * len(targets))
-
-    def _append(self, rows: list[Sequence], tokens: list[int], logprobs: list[TokenLogprob | None]) -> None:
-        """Give each sequence its token; end those that are done."""
-        now = time.monotonic()
-        ended: list[Sequence] = []
-        signals: list[Signal] = []
-        for index, (seq, token) in enumerate(zip(rows, tokens, strict=True)):
-            request = seq.request
-            if request.finished or seq.finish_reason is not None:  # a sibling failed, or an accepted draft's token was the last
-                continue
-            if token < 0:
-                self._end_request(request, "error", NOT_FINITE)
-                continue
-            self.counters["generated_tokens"] += 1
-            seq.token_ids.append(token)
-            if logprobs and (entry := logprobs[index]) is not None and seq.logprobs is not None:
-                seq.logprobs.append(entry)
-                seq.cumulative_logprob += entry.logprob
-            params = request.params
-            reason: str | None = None
-            if token in request.stop_ids:
-                reason = "stop"
-                if token in params.stop_token_ids:
-                    seq.stop_reason = token
-            if reason is None or params.include_stop_str_in_output:
-                seq.text_end += 1
-                if params.stop and seq.detok.feed([token], params.min_tokens) and reason is None:
-                    reason, seq.stop_reason = "stop", seq.detok.matched
-            if reason is None and len(seq.token_ids) >= seq.max_len:
-                reason = "length"
-            if request.first_token == 0:
-                request.first_token = now
-            if reason is not None:
-                if params.stop:
-                    seq.detok.finish()
-                seq.finish_reason = reason
-                ended.append(seq)
-            request.version += 1
-            if request.signal.every:
-                signals.append(request.signal)
-        if ended:
-            self.scheduler.remove(ended)
-            for request in {seq.request for seq in ended}:
-                if all(seq.finish_reason for seq in request.sequences):
-                    self._finish(request)
-        wake(signals)
 
     def _end_request(self, request: Request, reason: str, error: str | None = None) -> None:
         """End whatever of a request still goes on, at any stage."""

@@ -210,4 +210,3 @@ class Sequence:
     stop_reason: int | str | None = None
     finish_reason: str | None = None
     ngrams: NgramIndex | None = None  # where drafts come from; None: not speculated
-    ngrams: NgramIndex | None = None  # where drafts come from; None: no speculation
