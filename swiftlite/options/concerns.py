@@ -158,6 +158,7 @@ class EngineOptions:
     gpu_memory_utilization: float = opt(0.9, "share of the GPU's memory that the engine may use")
     enforce_eager: bool = opt(False, "no CUDA graphs: each decode step is launched kernel by kernel")
     max_lora_rank: int = opt(512, "largest adapter rank that is accepted")
+    adapter_memory: float | None = opt(None, "GiB for adapters' weights; more adapters take turns. Default: a tenth of what is free")
     speculate_ngram: int = opt(
         0, "guess up to so many tokens a step from what the text repeats; greedy answers stay the same, come faster (0: off)"
     )
@@ -180,6 +181,10 @@ class ServerOptions:
     host: str = opt("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int | None = opt(None, "port to listen on; default: 8000, for app-ui 7860")
     api_key: str | None = opt(None, "clients must send this key as a bearer token")
+    adapter_dir: str | None = opt(None, "serve every adapter in this folder; new, changed and removed ones are noticed within a second")
+    allow_runtime_lora: bool = opt(False, "clients may load and unload adapters: /v1/load_lora_adapter, /v1/unload_lora_adapter")
+    adapter_root: str | None = opt(None, "adapters that clients load must lie in this folder (default: --adapter_dir)")
+    admin_key: str | None = opt(None, "loading and unloading adapters needs this key as a bearer token")
     served_model_name: str | None = opt(None, "name of the base model in /v1/models; default: --model_type or the directory's name")
     owned_by: str = opt("swift", "owner shown in /v1/models")
     max_logprobs: int = opt(20, "most log-probabilities a request may ask for")
