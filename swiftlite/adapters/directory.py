@@ -278,7 +278,9 @@ def not_finite(adapter: Adapter) -> AdapterError:
 
 def check_shapes(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) -> None:
     """AdapterError unless every module exists in the base with the adapter's shape."""
-    made_for = f" (it was made for {adapter.config.base_model})" if adapter.config.base_model else ""
+    base = adapter.config.base_model
+    # Not the path: this may be told to a client of a server.
+    made_for = f" (it was made for {Path(base).name if Path(base).is_absolute() else base})" if base else ""
     fix = f"use the base that it was trained on{made_for}"
     for name, weights in sorted(adapter.modules.items()):
         if name not in expected:

@@ -6,7 +6,7 @@ import time
 from importlib.util import find_spec
 
 from swiftlite.commands.deploy import kv_cache, warn_open
-from swiftlite.commands.serving import load_service, make_plan
+from swiftlite.commands.serving import load_service, make_plan, runtime_adapters, watched
 from swiftlite.errors import SwiftError
 from swiftlite.options.parse import Options
 
@@ -24,16 +24,18 @@ def main(options: Options) -> int:
     listener = bind(options.host, PORT if options.port is None else options.port)
     with listener:
         with not_ready(listener):
-            service = load_service(options, make_plan(options))
+            plan, runtime = make_plan(options), runtime_adapters(options)
+            service = load_service(options, plan)
         try:
             from swiftlite.server.app import create_app
             from swiftlite.ui.chat import mount
 
-            app = mount(create_app(service, options.api_key), service, options.api_key)
+            app = mount(create_app(service, options.api_key, runtime), service, options.api_key)
             print(f"{service.name} is ready after {time.monotonic() - started:.1f} s; KV cache {kv_cache(service.engine)}")
             print(f"  open  {url(listener)}   (Ctrl-C stops)\n  API   {url(listener)}/v1", flush=True)
             warn_open(options)
-            serve(app, listener, access_log=options.verbose, drain=DRAIN)
+            with watched(options, service):
+                serve(app, listener, access_log=options.verbose, drain=DRAIN)
         finally:
             service.close()
     print("stopped")

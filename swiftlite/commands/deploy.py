@@ -6,7 +6,7 @@ import json
 import time
 
 from swiftlite import __version__
-from swiftlite.commands.serving import Plan, load_service, make_plan
+from swiftlite.commands.serving import Plan, load_service, make_plan, runtime_adapters, watched
 from swiftlite.options.parse import Options
 
 PORT = 8000
@@ -20,16 +20,17 @@ def main(options: Options) -> int:
     listener = bind(options.host, PORT if options.port is None else options.port)
     with listener:
         with not_ready(listener):
-            plan = make_plan(options)
+            plan, runtime = make_plan(options), runtime_adapters(options)
             service = load_service(options, plan)
         try:
             from swiftlite.server.app import create_app
             from swiftlite.server.listen import url
 
-            app = create_app(service, options.api_key)
-            print(summary(service, plan, url(listener), time.monotonic() - started), flush=True)
-            warn_open(options)
-            serve(app, listener, access_log=options.verbose)
+            app = create_app(service, options.api_key, runtime)
+            with watched(options, service):
+                print(summary(service, plan, url(listener), time.monotonic() - started), flush=True)
+                warn_open(options)
+                serve(app, listener, access_log=options.verbose)
         finally:
             service.close()
     print("stopped")
@@ -37,6 +38,9 @@ def main(options: Options) -> int:
 
 
 def warn_open(options: Options) -> None:
+    if options.allow_runtime_lora and not options.admin_key:
+        who = "everyone with the --api_key" if options.api_key else "every client"
+        print(f"note: {who} can load and unload adapters; --admin_key KEY asks for a key of its own", flush=True)
     if options.host not in ("127.0.0.1", "localhost", "::1") and not options.api_key:
         print(f"note: everyone who reaches {options.host} can use this server; --api_key KEY asks for a key", flush=True)
 
@@ -44,7 +48,8 @@ def warn_open(options: Options) -> None:
 def summary(service, plan: Plan, url: str, seconds: float) -> str:
     """What is served, where, and a request to try."""
     engine = service.engine
-    adapters = ", ".join(service.adapters) or "none"
+    names = [*service.adapters]
+    adapters = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
     lines = [
         f"swiftlite {__version__}: {service.name} is ready after {seconds:.1f} s",
         f"  model     {plan.model_dir} ({str(engine.dtype).removeprefix('torch.')}, {engine.device})",

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swiftlite.adapters.names import NAME, NAME_RULE
 from swiftlite.errors import AdapterError, CheckpointError, UsageError
 from swiftlite.hub import resolve_model
 from swiftlite.options.parse import Options
@@ -21,10 +24,10 @@ from swiftlite.options.resolve import inherit, read_args
 if TYPE_CHECKING:
     from swiftlite.chat.template import Template
     from swiftlite.engine.engine import Engine
+    from swiftlite.server.adapters import RuntimeAdapters
     from swiftlite.server.service import Service
 
 DEFAULT_LORA = "default-lora"  # SWIFT's name for the adapter of --ckpt_dir
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 ENGINE_FLAGS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "enable_prefix_caching", "gpu_memory_utilization",
                 "enforce_eager", "max_lora_rank", "speculate_ngram")  # fmt: skip
 SAMPLING_FLAGS = {
@@ -132,7 +135,7 @@ def _named_adapters(written: tuple[str, ...]) -> dict[str, Path]:
             raise AdapterError(f"adapter {item}: {place} has no adapter_config.json", "it is not a PEFT adapter directory")
         name = name or path.resolve().name
         if not NAME.fullmatch(name):
-            raise UsageError(f"{name!r} cannot be an adapter's name", fix="use letters, digits and . _ : @ -")
+            raise UsageError(f"{name!r} cannot be an adapter's name", fix=NAME_RULE)
         if name in found:
             raise UsageError(f"two adapters are called {name!r}", fix="name them: --adapters one=DIR two=DIR")
         found[name] = path
@@ -182,6 +185,8 @@ def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) ->
     settings = {name: options.values[name] for name in ENGINE_FLAGS}
     if options.kv_cache_memory is not None:
         settings["kv_cache_memory"] = int(options.kv_cache_memory * 2**30)
+    if options.adapter_memory is not None:
+        settings["adapter_memory"] = int(options.adapter_memory * 2**30)
     if "max_logprobs" in options.values:
         settings["max_logprobs"] = options.max_logprobs
     engine = Engine(
@@ -207,11 +212,13 @@ def load_service(options: Options, plan: Plan | None = None) -> Service:
     engine, _ = load_engine(options, plan)
     try:
         template = Template.load(plan.model_dir, engine.tokenizer, name=plan.template, system=plan.system)
+        templates = _Templates(plan, template, engine)
         return Service(
             engine,
             template,
             plan.name,
-            adapters={name: _adapter_template(plan, path, engine) for name, path in plan.adapters.items()},
+            adapters={name: templates(path) for name, path in plan.adapters.items()},
+            template_of=templates,
             aliases=plan.aliases,
             defaults=generation_defaults(engine.generation_config) | flags,
             max_logprobs=options.values.get("max_logprobs", 20),
@@ -222,13 +229,70 @@ def load_service(options: Options, plan: Plan | None = None) -> Service:
         raise
 
 
-def _adapter_template(plan: Plan, adapter: Path, engine: Engine) -> Template:
-    """The template that an adapter was trained with, so that serving and training see the same tokens."""
-    from swiftlite.chat.template import Template
+class _Templates:
+    """The template that each adapter was trained with, so that serving and training see the same tokens; equal ones are one."""
 
-    if (adapter / "swift_template.json").is_file():
-        return Template.load(adapter, engine.tokenizer, name=plan.template, system=plan.system)
-    saved = read_args(adapter)
-    return Template.load(
-        plan.model_dir, engine.tokenizer, name=plan.template or saved.get("template"), system=plan.system or saved.get("system")
-    )
+    def __init__(self, plan: Plan, base: Template, engine: Engine) -> None:
+        self.plan, self.engine = plan, engine
+        self._known: dict[tuple[Any, ...], Template] = {(None, None): base}
+
+    def __call__(self, adapter: Path) -> Template:
+        from swiftlite.chat.template import Template
+
+        plan, tokenizer = self.plan, self.engine.tokenizer
+        own = adapter / "swift_template.json"
+        if own.is_file():
+            key: tuple[Any, ...] = (own.read_bytes(),)
+            if key not in self._known:
+                self._known[key] = Template.load(adapter, tokenizer, name=plan.template, system=plan.system)
+            return self._known[key]
+        saved = read_args(adapter)
+        key = (None if plan.template else saved.get("template"), None if plan.system else saved.get("system"))
+        if key not in self._known:
+            self._known[key] = Template.load(plan.model_dir, tokenizer, name=plan.template or key[0], system=plan.system or key[1])
+        return self._known[key]
+
+
+def runtime_adapters(options: Options) -> RuntimeAdapters | None:
+    """Who may load adapters over HTTP; None: nobody. UsageError for a root that is none."""
+    from swiftlite.server.adapters import RuntimeAdapters
+
+    if not options.allow_runtime_lora:
+        return None
+    root = options.adapter_root or options.adapter_dir
+    if root is None:
+        why = "clients name the directories to load, and only those inside one folder are allowed"
+        raise UsageError("--allow_runtime_lora needs --adapter_root", why, "add --adapter_root DIR")
+    return RuntimeAdapters(_folder("--adapter_root", root), options.admin_key)
+
+
+@contextmanager
+def watched(options: Options, service: Service) -> Iterator[None]:
+    """Serve what lies in --adapter_dir while the block runs."""
+    if options.adapter_dir is None:
+        yield
+        return
+    from swiftlite.adapters.watch import Watcher
+
+    def add(name: str, path: Path) -> None:
+        if name in given:
+            raise UsageError(f"another adapter was given the name {name}", fix="rename the folder")
+        service.add_adapter(name, path, read=False)
+
+    given = set(service.adapters)
+    root = _folder("--adapter_dir", options.adapter_dir)
+    if is_adapter(root):
+        raise UsageError(f"--adapter_dir {options.adapter_dir} is an adapter itself", fix="pass the folder that holds it")
+    watcher = Watcher(root, add, service.remove_adapter, lambda line: print(line, flush=True))
+    watcher.start()
+    try:
+        yield
+    finally:
+        watcher.stop()
+
+
+def _folder(flag: str, written: str) -> Path:
+    path = Path(written).expanduser()
+    if not path.is_dir():
+        raise UsageError(f"{flag} {written} is not a directory", fix="make it, or pass another")
+    return path.resolve()

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from swiftlite.server import chat, completions, models
+from swiftlite.server import adapters, chat, completions, models
 from swiftlite.server.errors import APIError, answer, from_swift_error, install
 from swiftlite.server.gate import Gate, read_json
 from swiftlite.server.protocol import ChatRequest, CompletionRequest, parse
@@ -14,11 +14,11 @@ from swiftlite.server.service import Service, UnknownModel
 from swiftlite.server.tokens import Tokens
 
 
-def create_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The OpenAI routes and `/health` for `service`; with `api_key`, `/v1` asks for it."""
+def create_app(service: Service, api_key: str | None = None, runtime: adapters.RuntimeAdapters | None = None) -> FastAPI:
+    """The OpenAI routes and `/health` for `service`; with `api_key`, `/v1` asks for it. `runtime` allows loading adapters."""
     # No schema and no docs pages: they load scripts from elsewhere, and the routes read their own bodies.
     app = FastAPI(title="swiftlite", openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, api_key=api_key)
+    app.add_middleware(Gate, api_key=api_key, admin_key=runtime.admin_key if runtime else None)
     install(app)
     tokens = Tokens(service.engine.tokenizer)
 
@@ -58,4 +58,5 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         ready()
         return await completions.create(service, tokens, request, http)
 
+    adapters.add_routes(app, service, runtime)
     return app

@@ -32,12 +32,12 @@ TYPES = {
 class APIError(Exception):
     """A request that is answered with `status`; `param` names the field at fault."""
 
-    def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
+    def __init__(self, message: str, status: int = 400, param: str | None = None, kind: str | None = None) -> None:
         super().__init__(message)
-        self.message, self.status, self.param = message, status, param
+        self.message, self.status, self.param, self.kind = message, status, param, kind
 
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status) or HTTPStatus(self.status).phrase
+        kind = self.kind or TYPES.get(self.status) or HTTPStatus(self.status).phrase
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
 
