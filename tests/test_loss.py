@@ -17,26 +17,29 @@ from tests.test_segments import rows
 CPU = torch.device("cpu")
 
 
-def reference(hidden, weight, labels, scale, softcap):
+def reference(hidden, weight, labels, scale, softcap, smoothing=0.0):
     logits = scale * (hidden @ weight.T)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="sum")
+    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("trained_head", [True, False])
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 5.0), (0.3, 2.0)])
-def test_equals_torch(monkeypatch, scale, softcap, trained_head):
+@pytest.mark.parametrize(
+    ("scale", "softcap", "smoothing"),
+    [(1.0, None, 0.0), (0.5, None, 0.0), (1.0, 5.0, 0.0), (0.3, 2.0, 0.0), (1.0, None, 0.1), (0.3, 2.0, 0.2)],
+)
+def test_equals_torch(monkeypatch, scale, softcap, smoothing, trained_head):
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 16 * 4 * 101)  # 16 rows a chunk: several chunks and a rest
     torch.manual_seed(0)
     hidden = torch.randn(53, 24, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(101, 24) * 0.5, requires_grad=trained_head)
     labels = torch.randint(0, 101, (53,))
-    want = reference(hidden, weight, labels, scale, softcap)
+    want = reference(hidden, weight, labels, scale, softcap, smoothing)
     (want / 7).backward()
     wanted = [hidden.grad.clone(), weight.grad.clone() if trained_head else None]
     hidden.grad = weight.grad = None
-    got, hits = chunked_nll(hidden, labels, Head(weight, torch.float32, scale, softcap))
+    got, hits = chunked_nll(hidden, labels, Head(weight, torch.float32, scale, softcap), smoothing)
     (got / 7).backward()
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     torch.testing.assert_close(hidden.grad, wanted[0], rtol=1e-5, atol=1e-6)

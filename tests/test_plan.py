@@ -66,3 +66,44 @@ def test_schedule():
     assert 0 < cosine(12) < 0.05
     assert Schedule(1.0, "linear", 0, 10)(5) == pytest.approx(0.5)
     assert Schedule(2.0, "constant", 0, 10)(9) == 2.0
+
+
+def test_later_schedules():
+    wsd = Schedule(1.0, "wsd", 2, 20, floor=0.25, decay=0.5)
+    assert [wsd(i) for i in (2, 9, 10)] == [1.0, 1.0, 1.0]
+    assert wsd(15) == pytest.approx(0.625)
+    assert 0.25 < wsd(19) < 0.3
+    lowest = Schedule(2.0, "cosine_with_min_lr", 0, 100, floor=0.1)
+    assert lowest(0) == 2.0
+    assert lowest(50) == pytest.approx(2 * 0.55)
+    assert 0.2 < lowest(99) < 0.202
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("cosine", {}),
+        ("linear", {}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.2}),
+        ("warmup_stable_decay", {"num_decay_steps": 4, "min_lr_ratio": 0.2}),
+    ],
+)
+def test_schedules_equal_transformers_after_warm_up(kind, settings):
+    """Warm-up differs on purpose: theirs wastes the first step on a rate of zero."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, 3, 20, scheduler_specific_kwargs=settings)
+    ours = Schedule(1.0, "wsd" if kind.startswith("warmup") else kind, 3, 20, floor=0.2, decay=0.2)
+    for step in range(20):
+        if step >= 3:
+            assert ours(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9), step
+        optimizer.step()
+        theirs.step()
+
+
+def test_processes_share_a_step():
+    assert Plan.make([5] * 64, 2, None, False, False, 0, ranks=4).accumulation == 8  # 16 rows, two passes each
+    assert Plan.make([5] * 64, 2, 3, False, False, 0, ranks=2).accumulation == 6
+    assert [rows_a_pass(10, ranks) for ranks in (1, 2, 3, 16, 64)] == [16, 8, 4, 1, 1]

@@ -18,8 +18,10 @@ from typing import Any
 
 from swiftlite import __version__
 from swiftlite.errors import CheckpointError, DataError, UsageError
-from swiftlite.options.parse import Options
+from swiftlite.options.parse import Options, flags_of
 from swiftlite.options.resolve import as_json, inherit
+
+PLAIN = (False, "none", "true", False)  # LoRA without --use_dora, --lora_bias, --init_weights, all-embedding
 
 
 def main(options: Options) -> int:
@@ -89,16 +91,20 @@ def _train(
 
     from swiftlite.models.loading import load_model
     from swiftlite.models.segments import register
+    from swiftlite.train import neftune
     from swiftlite.train.full import Full, write_generation_config
     from swiftlite.train.loop import LoopSettings, Trainer, closing
     from swiftlite.train.loss import TargetLoss
+    from swiftlite.train.optimizers import OptimizerSettings
 
     full = options.tuner_type == "full"
     torch.manual_seed(options.seed)
     began = time.perf_counter()
     model = load_model(resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register())
-    tuner: Any = Full(model, dtype) if full else _lora(options, model, start_from, resumed)
-    loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None)
+    tuner: Any = Full(model, dtype, _freezing(options)) if full else _lora(options, model, start_from, resumed)
+    loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None, options.label_smoothing_factor)
+    if options.neftune_noise_alpha is not None:
+        neftune.attach(model, options.neftune_noise_alpha)
     trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))
     ready = time.perf_counter() - began
     print(f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {ready:.1f} s")
@@ -114,7 +120,9 @@ def _train(
     peak = options.learning_rate if options.learning_rate is not None else (1e-5 if full else 1e-4)
     args = _args(options, model_dir, dtype, {"learning_rate": peak, "max_length": max_length, "total_steps": total})
     warmup = options.warmup_steps if options.warmup_steps > 0 else math.ceil(options.warmup_ratio * total)
-    schedule = Schedule(peak, options.lr_scheduler_type, min(warmup, total), total)
+    schedule = Schedule(
+        peak, options.lr_scheduler_type, min(warmup, total), total, options.min_lr_rate, options.wsd_decay_ratio
+    )  # fmt: skip
     print(
         f"{total} steps; learning rate {peak:g}{'' if options.learning_rate is not None else f' (default for {options.tuner_type})'}, "
         f"{schedule.kind} after {schedule.warmup} warm-up steps; {len(evaluation)} rows for evaluation\nrun: {run}"
@@ -134,8 +142,12 @@ def _train(
 
     save_steps = options.save_steps
     settings = LoopSettings(
-        options.weight_decay, (options.adam_beta1, options.adam_beta2), options.adam_epsilon, options.max_grad_norm, options.logging_steps,
-        options.eval_steps or save_steps, save_steps, options.save_total_limit or 2, options.save_only_model,
+        OptimizerSettings(
+            options.optim, options.weight_decay, (options.adam_beta1, options.adam_beta2), options.adam_epsilon,
+            options.lorap_lr_ratio or 1.0,
+        ),
+        options.max_grad_norm, options.logging_steps, options.eval_steps or save_steps, save_steps, options.save_total_limit or 2,
+        options.save_only_model, options.early_stop_interval, options.create_checkpoint_symlink,
     )  # fmt: skip
     history = state.get("log_history", [])
     with closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
@@ -144,12 +156,11 @@ def _train(
             {"fingerprint": fingerprint, "data": report}, ranks,
         )  # fmt: skip
         if resumed and tensors is not None:
-            if full:
-                tuner.load_masters(tensors.get("masters", {}))
+            tuner.load_masters(tensors.get("masters", {}))
             trainer.restore(state, tensors)
             print(f"resumed at step {trainer.progress.step} of {total}")
         torch.manual_seed(options.seed + 1 + ranks.rank) if not resumed else None  # dropout differs between processes
-        ended = trainer.run(lambda: {"masters": tuner.masters()} if full else {})
+        ended = trainer.run(lambda: {"masters": tuner.masters()})
         info = _info(trainer, run, ended, device)
         logbook.final({key: value for key, value in info.items() if key != "interrupted"})
         rows = logbook.rows
@@ -218,7 +229,9 @@ def _check(options: Options) -> Path:
                 f"--{flag} is not built yet", "no process can hold a part of the model",
                 "leave it out: NPROC_PER_NODE alone trains with the whole model in every process",
             )  # fmt: skip
-    positive = ("logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size", "save_total_limit", "max_length")
+    positive = (
+        "logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size", "save_total_limit", "max_length", "early_stop_interval",
+    )  # fmt: skip
     for flag in positive:
         value = getattr(options, flag)
         if value is not None and value < 1:
@@ -227,6 +240,18 @@ def _check(options: Options) -> Path:
         raise UsageError("nothing to do: --num_train_epochs must be above 0")
     if options.learning_rate is not None and not (0 <= options.learning_rate < math.inf):
         raise UsageError(f"--learning_rate must be a number from 0 up, got {options.learning_rate}")
+    if options.optim == "adamw_8bit":
+        from swiftlite.train.optimizers import check_8bit
+
+        check_8bit()
+    full_only = ("freeze_parameters_ratio", "freeze_parameters_regex", "trainable_parameters_regex")
+    lora_only = ("use_dora", "lora_bias", "init_weights", "lorap_lr_ratio")
+    for flag in lora_only if options.tuner_type == "full" else full_only:
+        if getattr(options, flag) != flags_of("sft")[flag].default:
+            raise UsageError(f"--{flag} has no meaning with --tuner_type {options.tuner_type}", fix="leave it out")
+    for flag in ("label_smoothing_factor", "min_lr_rate", "wsd_decay_ratio"):
+        if not 0 <= getattr(options, flag) <= 1:
+            raise UsageError(f"--{flag} must lie between 0 and 1, got {getattr(options, flag)}")
     if not 0 <= options.lora_dropout < 1:
         raise UsageError(f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}")
     return resolve_model(name, options.model_revision, options.use_hf)
@@ -307,17 +332,44 @@ def _lora(options: Options, model: Any, start_from: Path | None, resumed: Path |
     from swiftlite.train.lora import Lora, LoraSpec
 
     source = resumed or start_from
+    embeddings = "all-embedding" in options.target_modules
+    variant = options.use_dora, options.lora_bias, options.init_weights, embeddings
+    if source is not None and variant == PLAIN and not LoraSpec.is_plain(source):
+        from swiftlite.train.peft_lora import PeftLora
+
+        print(f"adapter from {source}: its own settings, through PEFT")
+        return PeftLora.read(model, source)
+    if variant != PLAIN:
+        from swiftlite.train.peft_lora import PeftLora, Variant
+
+        if start_from is not None:
+            raise UsageError("an adapter that is trained on keeps its own kind", fix="leave out the flags that choose one, or --adapters")
+        print("adapter: through PEFT's own layers, slower than plain LoRA")
+        return PeftLora(model, _spec(options), Variant(*variant))
     if source is not None:
         spec = LoraSpec.read(source)
         print(f"adapter from {source}: rank {spec.rank}, alpha {spec.alpha:g} (its own settings)")
     else:
-        spec = LoraSpec(
-            options.lora_rank, options.lora_alpha, options.lora_dropout, options.use_rslora, options.target_modules, options.modules_to_save
-        )
+        spec = _spec(options)
     lora = Lora(model, spec)
     if source is not None:
         lora.load(source)
     return lora
+
+
+def _spec(options: Options) -> Any:
+    from swiftlite.train.lora import LoraSpec
+
+    return LoraSpec(
+        options.lora_rank, options.lora_alpha, options.lora_dropout, options.use_rslora, options.target_modules, options.modules_to_save
+    )
+
+
+def _freezing(options: Options) -> Any:
+    from swiftlite.train.full import Freezing
+
+    settings = options.freeze_parameters_ratio, options.freeze_parameters_regex, options.trainable_parameters_regex
+    return None if settings == (0.0, None, None) else Freezing(*settings)
 
 
 def _checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[Any], trained: int, ranks: Any) -> None:

@@ -38,6 +38,9 @@ ALIASES: dict[str, str] = {
     "lora_modules_to_save": "modules_to_save",
     "lora_dropout_p": "lora_dropout",
     "lora_r": "lora_rank",
+    "lora_bias_trainable": "lora_bias",
+    "init_lora_weights": "init_weights",
+    "lora_lr_ratio": "lorap_lr_ratio",
     # training
     "batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
@@ -47,6 +50,11 @@ ALIASES: dict[str, str] = {
     "add_output_dir_suffix": "add_version",
     "use_gradient_checkpointing": "gradient_checkpointing",
     "lr": "learning_rate",
+    "optimizer": "optim",
+    "min_lr_ratio": "min_lr_rate",
+    "neftune_alpha": "neftune_noise_alpha",
+    "label_smoothing": "label_smoothing_factor",
+    "early_stopping_patience": "early_stop_interval",
     "gradient_accumulation": "gradient_accumulation_steps",
     "padding_free": "packing",
     # generation
@@ -76,6 +84,12 @@ VALUES: dict[str, dict[str, str]] = {
     "infer_backend": {"AUTO": "auto", "pt": "native", "transformers": "native"},
     "target_modules": {"ALL": "all-linear", "DEFAULT": "all-linear", "AUTO": "all-linear"},
     "report_to": {"all": "tensorboard"},
+    "lr_scheduler_type": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
+    "optim": {
+        "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw_8bit": "adamw_8bit",
+    },
+    "init_weights": {"True": "true", "False": "false"},
 }
 
 # Flags of SWIFT that are accepted because guides carry them, and why they do nothing here.
@@ -99,4 +113,6 @@ NO_EFFECT: dict[str, str] = {
     "save_strategy": "set --save_steps",
     "eval_strategy": "set --eval_steps",
     "save_safetensors": "always",
+    "lora_dtype": "adapters are trained and saved in float32",
+    "load_best_model_at_end": "the best checkpoint is always kept, and named at the end",
 }

@@ -60,7 +60,10 @@ class DataOptions:
     )
     columns: str | None = opt(None, 'rename columns: a JSON object, e.g. \'{"text1": "query"}\'')
     max_length: int | None = opt(None, "longest row in tokens; default: 2048, or the model's limit where that is less")
-    truncation_strategy: str = opt("delete", "a longer row is dropped (delete) or cut (left, right)", ("delete", "left", "right"))
+    truncation_strategy: str = opt(
+        "delete", "a longer row is dropped (delete), cut (left, right) or cut into several (split)", ("delete", "left", "right", "split")
+    )
+    load_from_cache_file: bool = opt(True, "take rows encoded before, where data, template, tokenizer and settings are the same")
     loss_scale: str = opt(
         "default", "which turns are learnt: every assistant turn, the last, or all text", ("default", "last_round", "all")
     )
@@ -85,12 +88,21 @@ class LoraOptions:
     """What is trained."""
 
     tuner_type: str = opt("lora", "low-rank adapters, or all weights", ("lora", "full"))
-    target_modules: tuple[str, ...] = opt(("all-linear",), "linears that get an adapter: all-linear, names, or one regular expression")
+    target_modules: tuple[str, ...] = opt(
+        ("all-linear",), "linears that get an adapter: all-linear, names, or one regular expression; all-embedding adds the embeddings"
+    )  # fmt: skip
     modules_to_save: tuple[str, ...] = opt((), "modules trained whole and saved beside the adapter, e.g. embed_tokens lm_head")
     lora_rank: int = opt(8, "rank of the adapters")
     lora_alpha: float = opt(32, "the adapter's output is scaled by alpha / rank")
     lora_dropout: float = opt(0.0, "dropout on the adapter's input")
     use_rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    use_dora: bool = opt(False, "train each weight's magnitude apart from its direction (arXiv 2402.09353); slower")
+    lora_bias: str = opt("none", "also train biases: all, or those of adapted linears", ("none", "all", "lora_only"))
+    init_weights: str = opt("true", "how adapters begin: true, gaussian, orthogonal, pissa, pissa_niter_16 or olora")
+    lorap_lr_ratio: float | None = opt(None, "LoRA+: B learns so many times faster than A, e.g. 16 (arXiv 2402.12354)")
+    freeze_parameters_ratio: float = opt(0.0, "full: freeze this share of the weights, from the input side")
+    freeze_parameters_regex: str | None = opt(None, "full: freeze parameters whose name this finds")
+    trainable_parameters_regex: str | None = opt(None, "full: train parameters whose name this finds, whatever froze them")
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,13 @@ class TrainOptions:
     gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default: about 16 rows a step")
     packing: bool = opt(True, "fill every forward pass with whole rows up to its token budget; rows never see each other")
     learning_rate: float | None = opt(None, "peak learning rate; default 1e-4 for lora, 1e-5 for full")
-    lr_scheduler_type: str = opt("cosine", "schedule after warm-up", ("cosine", "linear", "constant"))
+    lr_scheduler_type: str = opt(
+        "cosine", "schedule after warm-up; wsd holds the peak and falls at the end",
+        ("cosine", "linear", "constant", "cosine_with_min_lr", "wsd"),
+    )  # fmt: skip
+    min_lr_rate: float = opt(0.1, "where cosine_with_min_lr and wsd end, as a share of the peak")
+    wsd_decay_ratio: float = opt(0.1, "share of the steps in which wsd falls")
+    optim: str = opt("adamw", "optimizer", ("adamw", "adafactor", "sgd", "muon", "adamw_8bit"))
     warmup_ratio: float = opt(0.05, "share of the steps that warm up")
     warmup_steps: int = opt(0, "warm-up steps; wins over --warmup_ratio")
     weight_decay: float = opt(0.1, "AdamW's weight decay (matrices only)")
@@ -117,11 +135,15 @@ class TrainOptions:
     adam_beta2: float = opt(0.95, "AdamW")
     adam_epsilon: float = opt(1e-8, "AdamW")
     max_grad_norm: float = opt(1.0, "clip the gradient's norm (0: never)")
+    label_smoothing_factor: float = opt(0.0, "share of each target's probability that is spread over the vocabulary")
+    neftune_noise_alpha: float | None = opt(None, "noise on the embeddings in training, e.g. 5 (arXiv 2310.05914)")
     gradient_checkpointing: bool | None = opt(None, "recompute activations to save memory; default: only when it would not fit")
     logging_steps: int = opt(5, "log every so many steps")
     eval_steps: int | None = opt(None, "evaluate every so many steps; default: as --save_steps")
     save_steps: int = opt(50, "save a checkpoint every so many steps; the last step is always saved")
     save_total_limit: int | None = opt(2, "keep the best and the newest checkpoints, at most so many (unset: 2)")
+    early_stop_interval: int | None = opt(None, "stop after so many evaluations without a new best")
+    create_checkpoint_symlink: bool = opt(False, "name the best and the last checkpoint `best` and `last` in the run's folder")
     save_only_model: bool = opt(False, "leave out the optimizer's state (no resuming)")
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
     deepspeed: str | None = opt(None, "not built yet: every process holds the whole model (NPROC_PER_NODE sets how many there are)")

@@ -116,6 +116,14 @@ def rotate(run: Path, limit: int, best: str | None) -> None:
             remove(path)
 
 
+def link(run: Path, name: str, target: Path) -> None:
+    """run/<name> -> target, in one step."""
+    aside = run / f".{name}.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.name)
+    os.replace(aside, run / name)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

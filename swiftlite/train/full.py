@@ -6,29 +6,67 @@ Does not know adapters. `Lora` (lora.py) is its counterpart with the same three 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from swiftlite.errors import UsageError
 from swiftlite.models.loading import quiet
 
 
-class Full:
-    """All parameters of a float32 model. `dtype`: that of the saved weights."""
+@dataclass(frozen=True)
+class Freezing:
+    """Which parameters stay as they are: the first `ratio` of all numbers in the model's order, names that `frozen` finds; but
+    not names that `trained` finds (regular expressions, searched in the name)."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    ratio: float = 0.0
+    frozen: str | None = None
+    trained: str | None = None
+
+    def apply(self, model: nn.Module) -> None:
+        """UsageError when an expression finds nothing or nothing is left to train."""
+        if not 0 <= self.ratio <= 1:
+            raise UsageError(f"--freeze_parameters_ratio must lie between 0 and 1, got {self.ratio}")
+        named = dict(model.named_parameters())
+        limit, count = self.ratio * sum(p.numel() for p in named.values()), 0
+        for parameter in named.values():
+            count += parameter.numel()
+            parameter.requires_grad_(count > limit)
+        for flag, pattern, learns in (("freeze_parameters_regex", self.frozen, False), ("trainable_parameters_regex", self.trained, True)):
+            if pattern is None:
+                continue
+            try:
+                found = [parameter for name, parameter in named.items() if re.search(pattern, name)]
+            except re.error as error:
+                raise UsageError(f"--{flag} {pattern!r} is no valid regular expression", str(error)) from None
+            if not found:
+                raise UsageError(f"--{flag} {pattern!r} finds no parameter", f"names look like {list(named)[len(named) // 2]}")
+            for parameter in found:
+                parameter.requires_grad_(learns)
+        if not any(parameter.requires_grad for parameter in named.values()):
+            raise UsageError("every parameter is frozen", fix="freeze less, or name some in --trainable_parameters_regex")
+
+
+class Full:
+    """All parameters of a float32 model, or those that `freezing` leaves. `dtype`: that of the saved weights."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, freezing: Freezing | None = None) -> None:
         self.model, self.dtype = model, dtype
         model.requires_grad_(True)
+        if freezing is not None:
+            freezing.apply(model)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters()
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
     def masters(self) -> dict[str, Tensor]:
         """What `save` rounds away; {} when nothing."""
-        return {} if self.dtype == torch.float32 else {name: p.detach().cpu() for name, p in self.model.named_parameters()}
+        return {} if self.dtype == torch.float32 else {name: p.detach().cpu() for name, p in self.named_parameters()}
 
     @torch.no_grad()
     def load_masters(self, masters: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from swiftlite.train.batches import Sample, collate
 from swiftlite.train.interrupt import Interrupt
 from swiftlite.train.log import Logbook
 from swiftlite.train.loss import TargetLoss
+from swiftlite.train.optimizers import OptimizerSettings, build
 from swiftlite.train.plan import Plan, Schedule
 from swiftlite.train.ranks import Ranks
 
@@ -46,15 +47,15 @@ class Tuner(Protocol):
 class LoopSettings:
     """The loop's own numbers; steps count optimizer steps."""
 
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     max_grad_norm: float = 1.0
     logging_steps: int = 5
     eval_steps: int = 50
     save_steps: int = 50
     save_total_limit: int = 2
     save_only_model: bool = False
+    patience: int | None = None  # evaluations without a new best that end the run
+    symlinks: bool = False
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     best_metric: float | None = None
+    without_best: int = 0  # evaluations since the best one
     best_model_checkpoint: str | None = None
     last_model_checkpoint: str | None = None
 
@@ -104,12 +106,7 @@ class Trainer:
         if evaluation:
             lengths = [len(sample.ids) for sample in evaluation]
             self.eval_passes = Plan.make(lengths, eval_rows, 1, plan.packing, False, 0).passes(0)
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        others = [p for p in self.parameters if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=schedule.peak, betas=settings.betas, eps=settings.epsilon, fused=True
-        )
+        self.optimizer = build(self.named, schedule.peak, settings.optimizer)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -159,6 +156,10 @@ class Trainer:
         }  # fmt: skip
         checkpoint.write(self.folder, self.progress.step, state, content, self.save_model)
         checkpoint.rotate(self.folder, settings.save_total_limit, self.progress.best_model_checkpoint)
+        if settings.symlinks:
+            checkpoint.link(self.folder, "last", final)
+            if self.progress.best_model_checkpoint is not None:
+                checkpoint.link(self.folder, "best", Path(self.progress.best_model_checkpoint))
         self.logbook.say(f"saved {final} ({time.perf_counter() - started:.1f} s)")
         return final
 
@@ -195,13 +196,17 @@ class Trainer:
                     better = False
                     if self.evaluation and (step % settings.eval_steps == 0 or step == total):
                         better = self._evaluate(stop)
-                    if step % settings.save_steps == 0 or step == total or self._stopping(stop):
+                    enough = settings.patience is not None and self.progress.without_best >= settings.patience
+                    if step % settings.save_steps == 0 or step == total or enough or self._stopping(stop):
                         self._check_finite(norm)
                         if better:
                             self.progress.best_model_checkpoint = str(self.folder / f"checkpoint-{step}")
                         self.save(masters)
                     if stopping := self._stopping(stop):
                         return stopping if step < total else None
+                    if enough:
+                        self.logbook.say(f"stopping early: {self.progress.without_best} evaluations without a better eval_loss")
+                        return None
                 saved = self.progress.last_model_checkpoint == str(self.folder / f"checkpoint-{self.progress.step}")
                 if self._stopping(stop) and self.progress.step > 0 and not saved:
                     self.save(masters)
@@ -239,7 +244,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
         rate = self.schedule(number)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, rate
@@ -307,6 +312,7 @@ class Trainer:
         )
         self.row_time = time.perf_counter()
         better = self.progress.best_metric is None or value < self.progress.best_metric
+        self.progress.without_best = 0 if better else self.progress.without_best + 1
         if better:
             self.progress.best_metric = value
         return better

@@ -107,6 +107,20 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @staticmethod
+    def is_plain(directory: Path) -> bool:
+        """False for a LoRA adapter that is more than this can express."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+            with safe_open(directory / WEIGHTS, "pt") as file:
+                embeddings = any("lora_embedding_" in key for key in file.keys())  # noqa: SIM118 (no mapping)
+        except (OSError, ValueError, SafetensorError):
+            return True  # broken: `read` or `load` says so
+        more = embeddings or config.get("bias", "none") != "none" or any(config.get(name) for name in NOT_PLAIN)
+        return config.get("peft_type") != "LORA" or not more
+
+    @staticmethod
     def read(directory: Path) -> LoraSpec:
         """From a PEFT directory. AdapterError for what plain LoRA cannot express."""
         try:
@@ -165,6 +179,13 @@ class Lora:
         for name, whole in self.copies.items():
             for key, parameter in whole.whole.named_parameters():
                 yield f"{name}.{key}", parameter
+
+    def masters(self) -> dict[str, Tensor]:
+        """{}: `save` rounds nothing away."""
+        return {}
+
+    def load_masters(self, masters: dict[str, Tensor]) -> None:
+        pass
 
     def save(self, directory: Path, base: str) -> None:
         """Write PEFT's two files. `base` is the base model's path or id."""

@@ -65,7 +65,9 @@ class _ChunkedNLL(torch.autograd.Function):
     """(hidden [N, D], weight [V, D], labels [N], Head) -> (summed NLL, number of argmax hits)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, smoothing: float
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         w = weight.to(head.dtype)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -87,14 +89,17 @@ class _ChunkedNLL(torch.autograd.Function):
                 slope = 1 - z * z
                 z.mul_(head.softcap)
             at_label = z.gather(1, label)
+            goal = at_label if smoothing == 0 else at_label.lerp(z.mean(1, keepdim=True), smoothing)
             top, best = z.max(1, keepdim=True)
             hits += (best == label)[:count].sum()
             z.sub_(top).exp_()
             norm = z.sum(1, keepdim=True)
-            total += (norm.log() + top - at_label)[:count].sum()
+            total += (norm.log() + top - goal)[:count].sum()
             if not (want_hidden or want_weight):
                 continue
-            z.div_(norm).scatter_add_(1, label, torch.full_like(at_label, -1.0))  # softmax minus one-hot
+            z.div_(norm).scatter_add_(1, label, torch.full_like(at_label, smoothing - 1))  # softmax minus one-hot
+            if smoothing:
+                z.sub_(smoothing / z.shape[1])
             if slope is not None:
                 z.mul_(slope)
             if head.scale != 1:
@@ -111,32 +116,37 @@ class _ChunkedNLL(torch.autograd.Function):
         return total, hits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
-def chunked_nll(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """hidden [N, D], labels [N] -> (sum of -log p(label), float32; how many labels are the argmax, int64)."""
-    return _ChunkedNLL.apply(hidden, head.weight, labels, head)
+def chunked_nll(hidden: Tensor, labels: Tensor, head: Head, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """hidden [N, D], labels [N] -> (sum of -log p(label), float32; how many labels are the argmax, int64).
+
+    With `smoothing` the goal is (1 - smoothing) of the label and the rest spread over all of the vocabulary."""
+    return _ChunkedNLL.apply(hidden, head.weight, labels, head, smoothing)
 
 
 class TargetLoss:
-    """A model's loss on a Batch. `autocast`: the dtype of matrix products where the parameters are float32 masters."""
+    """A model's loss on a Batch. `autocast`: the dtype of matrix products where the parameters are float32 masters;
+    `smoothing`: of the labels, in training mode only."""
 
-    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None) -> None:
-        self.model, self.autocast = model, autocast
+    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None, smoothing: float = 0.0) -> None:
+        self.model, self.autocast, self.smoothing = model, autocast, smoothing
         self.device = next(model.parameters()).device
         self.onednn = self.device.type == "cpu" and (autocast or model.dtype) == torch.bfloat16
         self.head = self._plain_head()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed NLL of the batch's targets, hits)."""
+        smoothing = self.smoothing if self.model.training else 0.0
         if self.onednn:
             batch = rounded(batch)
         with self._precision():
@@ -145,8 +155,11 @@ class TargetLoss:
                     input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=batch.keep,
                     swift_segments=batch.lengths,
                 ).logits[0].float()  # fmt: skip
-                return F.cross_entropy(logits, batch.labels, reduction="sum"), (logits.argmax(1) == batch.labels).sum()
-            return chunked_nll(self._hidden(batch.input_ids, batch.position_ids, batch.lengths)[batch.keep], batch.labels, self.head)
+                return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing), (
+                    logits.argmax(1) == batch.labels
+                ).sum()
+            hidden = self._hidden(batch.input_ids, batch.position_ids, batch.lengths)[batch.keep]
+            return chunked_nll(hidden, batch.labels, self.head, smoothing)
 
     def _precision(self) -> AbstractContextManager:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)

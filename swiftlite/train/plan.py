@@ -48,20 +48,27 @@ def spread(lengths: Sequence[int], count: int, seed: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate by step: linear warm-up, then cosine or linear to zero, or constant."""
+    """Learning rate by step: linear warm-up, then `cosine` or `linear` to zero, `cosine_with_min_lr` to `floor`, `constant`, or
+    `wsd` (warm-up, stable, and a cosine to `floor` over the last `decay` of all steps)."""
 
     peak: float
     kind: str
     warmup: int
     total: int
+    floor: float = 0.0  # share of the peak
+    decay: float = 0.1  # share of the steps
 
     def __call__(self, step: int) -> float:
         """The rate of 0-based `step`. The first step already learns."""
         if step < self.warmup:
             return self.peak * (step + 1) / (self.warmup + 1)
         done = (step - self.warmup) / max(1, self.total - self.warmup)
-        if self.kind == "cosine":
-            return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        if self.kind == "wsd":
+            falling = max(1, round(self.decay * self.total))
+            done = max(0.0, (step - (self.total - falling)) / falling)
+        if self.kind in ("cosine", "cosine_with_min_lr", "wsd"):
+            floor = 0.0 if self.kind == "cosine" else self.floor
+            return self.peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
         return self.peak * max(0.0, 1 - done) if self.kind == "linear" else self.peak
 
 
