@@ -93,6 +93,18 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def put_section(title: str, text: str) -> None:
+    """Replace the section of BENCHMARKS.md that begins with `title`, or add it at the end."""
+    path = HERE.parent / "BENCHMARKS.md"
+    old = path.read_text() if path.exists() else "# Benchmarks\n"
+    before, found, after = old.partition(title + "\n")
+    rest = after.partition("\n## ")
+    if found:
+        path.write_text(before + text + ("\n## " + rest[2] if rest[1] else ""))
+    else:
+        path.write_text(old.rstrip() + "\n\n" + text)
+
+
 def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -137,11 +149,7 @@ def main() -> None:
     ])  # fmt: skip
     print(text)
     if args.write:
-        path = HERE.parent / "BENCHMARKS.md"
-        old = path.read_text() if path.exists() else "# Benchmarks\n\n"
-        before, found, after = old.partition(title + "\n")
-        rest = after.partition("\n## ")
-        path.write_text(before + text + ("\n## " + rest[2] if rest[1] else "") if found else old.rstrip() + "\n\n" + text)
+        put_section(title, text)
 
 
 if __name__ == "__main__":

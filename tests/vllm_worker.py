@@ -1,6 +1,6 @@
 """Runs inside vLLM's own environment (see test_vllm.py): greedy token ids for a list of jobs. usage: vllm_worker.py JOBS.json OUT.json
 
-A job: {"model", "adapter" or null, "prompts": [[ids]], "max_tokens"}. Jobs of one model share one engine.
+A job: {"model", "adapter" or null, "dtype", "prompts": [[ids]], "max_tokens"}. Jobs of one model share one engine.
 """
 
 import json
@@ -23,7 +23,7 @@ def main() -> None:
         if loaded != job["model"]:
             del engine
             lora = {"enable_lora": True, "max_lora_rank": 16} if any(j["adapter"] and j["model"] == job["model"] for j in jobs) else {}
-            engine = LLM(job["model"], dtype="float32", max_model_len=512, enforce_eager=True, **lora)
+            engine = LLM(job["model"], dtype=job["dtype"], max_model_len=512, enforce_eager=True, **lora)
             loaded = job["model"]
         request = LoRARequest(f"adapter{number}", number + 1, job["adapter"]) if job["adapter"] else None
         params = SamplingParams(temperature=0, max_tokens=job["max_tokens"])
