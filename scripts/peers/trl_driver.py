@@ -1,6 +1,7 @@
 """TRL's SFTTrainer: LoRA r=16 on all linears, bfloat16 base, no gradient checkpointing. Arguments as one JSON object: model, rows,
 packing, batch, steps, out."""
 
+import itertools
 import json
 import resource
 import sys
@@ -39,7 +40,7 @@ trainer = SFTTrainer(
 trainer.train()
 history = [entry for entry in trainer.state.log_history if "num_tokens" in entry]
 seen = [entry["num_tokens"] for entry in history]
-tokens = sum(b - a for a, b in zip(seen, seen[1:], strict=False))  # the first step warms up
+tokens = sum(b - a for a, b in itertools.pairwise(seen))  # the first step warms up
 report = {
     "tokens_per_s": tokens / sum(times.seconds[1:]),
     "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
