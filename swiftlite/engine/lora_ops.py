@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swiftlite.adapters.files import pages
+
 ALONE_ROWS = 128  # a segment of so many rows gains nothing from company
 STACK_SLOTS = 8
 
@@ -50,7 +52,7 @@ class Stack:
         stride = -(-self.size // page) * page
         self.memory: mmap.mmap | None = None
         if device.type == "cpu":
-            self.memory = mmap.mmap(-1, STACK_SLOTS * stride * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.memory = pages(STACK_SLOTS * stride * dtype.itemsize)
             flat = torch.frombuffer(self.memory, dtype=dtype)
         else:
             flat = torch.zeros(STACK_SLOTS * stride, dtype=dtype, device=device)
