@@ -163,3 +163,19 @@ def test_chats_need_a_chat_template(tmp_path: Path) -> None:
         load_training(parse("sft", ["--dataset", str(path)]), base, None)
     with pytest.raises(TemplateError, match="--template"):
         load(parse("sft", ["--dataset", str(path)]), base)
+
+
+def test_split_learns_every_target_once(template: Template) -> None:
+    rows = [row("short", "yes", 1), row("question " * 5, "long answer " * 60, 2), row("long question " * 60, "yes", 3)]
+    full, _ = encode(rows, template, None)
+    pieces, report = encode(rows, template, 50, "split")
+    assert all(len(piece.ids) <= 50 and piece.mask[1:].any() for piece in pieces)
+    assert sum(int(piece.mask.sum()) for piece in pieces) == sum(int(sample.mask.sum()) for sample in full)
+    learnt = [token for piece in pieces for token in piece.ids[piece.mask].tolist()]
+    assert learnt == [token for sample in full for token in sample.ids[sample.mask].tolist()]
+    assert report.kept == 3 and report.samples == len(pieces) > 6 and report.truncated.first == ["a.jsonl:2", "a.jsonl:3"]
+    assert "split" in report.table()
+    (whole,) = encode([Row(Conversation(text="word " * 200), "a.txt", 1)], template, None)[0]
+    parts, _ = encode([Row(Conversation(text="word " * 200), "a.txt", 1)], template, 64, "split")
+    joined = parts[0].ids.tolist() + [token for part in parts[1:] for token in part.ids[1:].tolist()]
+    assert joined == whole.ids.tolist() and len(parts) > 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from swiftlite.data.formats import to_conversation
-from swiftlite.data.rows import Identity, read, read_all
+from swiftlite.data.rows import Reader, read, scan
 from swiftlite.data.sources import Spec, parse_spec
 from swiftlite.errors import DataError, HubError
 
@@ -156,8 +156,8 @@ def test_counts(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps({"query": "Q", "response": f"R{i}"}) for i in range(10)))
 
     def draw(spec: str, seed: int = 1):
-        (part,) = read_all([spec], None, Identity(), False, True, seed)
-        return [row.number for row in part.rows], part.repeat_to
+        (part,) = scan([spec], Reader(strict=True), seed)
+        return [number + 1 for number in part.order], part.repeat_to
 
     assert draw(str(path)) == (list(range(1, 11)), None)
     few, _ = draw(f"{path}#4")

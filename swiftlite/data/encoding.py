@@ -6,29 +6,24 @@ from conversations to ids, and no files.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from swiftlite.chat.template import Template
 from swiftlite.data.rows import BadRow, Row
+from swiftlite.data.store import Sample
 from swiftlite.errors import DataError, SwiftError, TemplateError
 
-CHUNK = 1024  # rows a tokenizer call
+CHUNK = 128  # rows a tokenizer call; small enough for the processor caches
 FIRST = 3  # rows named per reason
 REASONS = 12  # reasons listed one by one
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One training sequence: `ids` int32 [T], `mask` bool [T] (token is a target)."""
-
-    ids: NDArray[np.int32]
-    mask: NDArray[np.bool_]
 
 
 @dataclass
@@ -38,8 +33,8 @@ class Group:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, source: str, number: int) -> None:
-        self.count += 1
+    def add(self, source: str, number: int, count: int = 1) -> None:
+        self.count += count
         place = f"{Path(source).name}:{number}"
         if len(self.first) < FIRST and place not in self.first:  # sampling can repeat rows
             self.first.append(place)
@@ -57,8 +52,30 @@ class Report:
     truncated: Group = field(default_factory=Group)
     dropped: dict[str, Group] = field(default_factory=dict)
 
-    def drop(self, reason: str, source: str, number: int) -> None:
-        self.dropped.setdefault(reason, Group()).add(source, number)
+    def drop(self, reason: str, source: str, number: int, count: int = 1) -> None:
+        self.dropped.setdefault(reason, Group()).add(source, number, count)
+
+    def add(self, outcome: Outcome, count: int) -> None:
+        """A row that is used `count` times."""
+        row, samples = outcome.row, outcome.samples
+        if not count:
+            return
+        if not samples:
+            self.drop(outcome.reason, row.source, row.number, count)
+            return
+        self.kept += count
+        self.samples += len(samples) * count
+        self.tokens += sum(len(sample.ids) for sample in samples) * count
+        self.targets += sum(int(sample.mask.sum()) for sample in samples) * count
+        self.longest = max(self.longest, *(len(sample.ids) for sample in samples))
+        if outcome.cut:
+            self.truncated.add(row.source, row.number, count)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Report:
+        """The reverse of dataclasses.asdict."""
+        groups = {reason: Group(**group) for reason, group in content["dropped"].items()}
+        return cls(**{**content, "truncated": Group(**content["truncated"]), "dropped": groups})
 
     @property
     def dropped_rows(self) -> int:
@@ -89,9 +106,9 @@ class Report:
             ("kept", self.kept, f"{self.tokens:,} tokens, {share:.0%} of them targets, mean {mean:.0f}, longest {self.longest}"),
         ]
         if self.samples != self.kept:
-            lines.append(("samples", self.samples, "some rows gave several: the template rewrites history"))
+            lines.append(("samples", self.samples, "some rows gave several: the template rewrites history, or they were split"))
         if self.truncated.count:
-            lines.append(("truncated", self.truncated.count, "first: " + ", ".join(self.truncated.first)))
+            lines.append(("truncated", self.truncated.count, "cut or split; first: " + ", ".join(self.truncated.first)))
         groups = sorted(self.dropped.items(), key=lambda item: -item[1].count)
         for reason, group in groups[:REASONS]:
             lines.append(("dropped", group.count, f"{reason}; first: {', '.join(group.first)}"))
@@ -111,6 +128,58 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
+def _ahead(rows: Iterable[Row], template: Template, loss_scale: str) -> Iterator[tuple[list[Row], list[Any]]]:
+    """Chunks with their encoding. The next two are under way meanwhile: the tokenizer works outside Python's lock."""
+    with ThreadPoolExecutor(2) as pool:
+        pending: deque[tuple[list[Row], Future[list[Any]]]] = deque()
+        for chunk in _chunks(rows):
+            pending.append((chunk, pool.submit(template.encode_training_batch, [row.conversation for row in chunk], loss_scale)))
+            if len(pending) > 2:
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row: its samples, or the `reason` why there are none; `cut`: it was longer than allowed."""
+
+    row: Row
+    samples: list[Sample]
+    reason: str = ""
+    cut: bool = False
+
+
+def outcomes(
+    rows: Iterable[Row], template: Template, max_length: int | None, truncation_strategy: str, loss_scale: str, strict: bool
+) -> Iterator[Outcome]:
+    """Every row's fate, in order; at most CHUNK rows are in memory.
+
+    Raises TemplateError when the template cannot give labels; with `strict`, DataError for the first row that is not kept.
+    """
+    for chunk, results in _ahead(rows, template, loss_scale):
+        for row, encoded in zip(chunk, results, strict=True):
+            if isinstance(encoded, TemplateError):
+                raise TemplateError(encoded.what, f"{encoded.why} (met at {row.source}:{row.number})", encoded.fix)
+            reason, kept, cut = "", [], False
+            if isinstance(encoded, SwiftError):
+                reason = encoded.what
+            else:
+                reason = "" if encoded else "nothing to learn"
+                for one in encoded:
+                    cut = cut or len(one.ids) > (max_length or len(one.ids))
+                    samples, why = fit(one.ids, one.mask, max_length, truncation_strategy)
+                    kept += samples
+                    reason = why or reason
+            if strict and (not kept or cut):
+                what = reason if not kept else f"longer than --max_length {max_length}"
+                raise DataError(
+                    f"{row.source}:{row.number}: {what}", "--strict fails on the first such row", "correct the row, or leave --strict out"
+                )
+            yield Outcome(row, kept, "" if kept else reason, cut)
+
+
 def encode(
     rows: Iterable[Row],
     template: Template,
@@ -120,58 +189,32 @@ def encode(
     strict: bool = False,
     bad: Sequence[BadRow] = (),
 ) -> tuple[list[Sample], Report]:
-    """All rows encoded, in order. `bad` are records that the reader refused; they join the account.
-
-    Raises TemplateError when the template cannot give labels; with `strict`, DataError for the first row that is not kept.
-    """
+    """All rows encoded, in order, in memory. `bad` are records that the reader refused; they join the account."""
     report, samples = Report(), []
     for refused in bad:
         report.drop(refused.reason, refused.source, refused.number)
-    for chunk in _chunks(rows):
-        for row, encoded in zip(chunk, template.encode_training_batch([row.conversation for row in chunk], loss_scale), strict=True):
-            if isinstance(encoded, TemplateError):
-                raise TemplateError(encoded.what, f"{encoded.why} (met at {row.source}:{row.number})", encoded.fix)
-            reason, kept, cut = "", [], False
-            if isinstance(encoded, SwiftError):
-                reason = encoded.what
-            else:
-                reason = "" if encoded else "nothing to learn"
-                for one in encoded:
-                    sample, why = _fit(one.ids, one.mask, max_length, truncation_strategy)
-                    cut = cut or len(one.ids) > (max_length or len(one.ids))
-                    if sample is None:
-                        reason = why
-                    else:
-                        kept.append(sample)
-            if kept:
-                samples += kept
-                report.kept += 1
-                report.samples += len(kept)
-                report.tokens += sum(len(sample.ids) for sample in kept)
-                report.targets += sum(int(sample.mask.sum()) for sample in kept)
-                report.longest = max(report.longest, *(len(sample.ids) for sample in kept))
-                if cut:
-                    report.truncated.add(row.source, row.number)
-            else:
-                report.drop(reason, row.source, row.number)
-            if strict and (not kept or cut):
-                what = reason if not kept else f"longer than --max_length {max_length}"
-                raise DataError(
-                    f"{row.source}:{row.number}: {what}", "--strict fails on the first such row", "correct the row, or leave --strict out"
-                )
+    for outcome in outcomes(rows, template, max_length, truncation_strategy, loss_scale, strict):
+        samples += outcome.samples
+        report.add(outcome, 1)
     return samples, report
 
 
-def _fit(ids: list[int], mask: list[bool], max_length: int | None, strategy: str) -> tuple[Sample | None, str]:
-    """The sample within `max_length`, or None and the reason."""
-    cut = False
-    if max_length is not None and len(ids) > max_length:
-        cut = True
+def fit(ids: list[int], mask: list[bool], max_length: int | None, strategy: str) -> tuple[list[Sample], str]:
+    """The samples within `max_length` that a row gives, or none and the reason.
+
+    `split` cuts it into pieces; each begins with the last token of the one before, so that every target keeps a token that
+    predicts it.
+    """
+    pieces, cut = [(ids, mask)], max_length is not None and len(ids) > max_length
+    if max_length is not None and cut:
         if strategy == "delete":
-            return None, f"longer than --max_length {max_length}"
-        part = slice(len(ids) - max_length, None) if strategy == "left" else slice(None, max_length)
-        ids, mask = ids[part], mask[part]
-    sample = Sample(np.array(ids, dtype=np.int32), np.array(mask, dtype=np.bool_))
-    if not sample.mask[1:].any():  # nothing predicts the first token
-        return None, "no target left after truncation" if cut else "nothing to learn"
-    return sample, ""
+            return [], f"longer than --max_length {max_length}"
+        if strategy == "split" and max_length > 1:
+            starts = range(0, len(ids) - 1, max_length - 1)
+            pieces = [(ids[i : i + max_length], ([False] if i else mask[:1]) + mask[i + 1 : i + max_length]) for i in starts]
+        else:
+            part = slice(len(ids) - max_length, None) if strategy == "left" else slice(None, max_length)
+            pieces = [(ids[part], mask[part])]
+    samples = [Sample(np.array(i, dtype=np.int32), np.array(m, dtype=np.bool_)) for i, m in pieces]
+    samples = [sample for sample in samples if sample.mask[1:].any()]  # nothing predicts the first token
+    return samples, "" if samples else "no target left after truncation" if cut else "nothing to learn"

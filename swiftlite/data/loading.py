@@ -7,18 +7,26 @@ finds the same ones again. It knows flags, not training.
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from swiftlite.chat.conversation import Conversation
 from swiftlite.chat.template import Template
-from swiftlite.data import mixing
+from swiftlite.data import cache, mixing
 from swiftlite.data.catalog import CATALOG, read_info
-from swiftlite.data.encoding import Report, Sample, encode
-from swiftlite.data.rows import Identity, Row, Rows, read, read_all, sample
+from swiftlite.data.encoding import Report, outcomes
+from swiftlite.data.rows import Identity, Part, Reader, Row, Rows, fetch, sample, scan
+from swiftlite.data.sources import parse_spec
+from swiftlite.data.store import Sample, Samples, Writer, mapped
 from swiftlite.errors import DataError, TemplateError, UsageError
 from swiftlite.options.parse import Options
+from swiftlite.options.resolve import DATA_SETTINGS
 
 _SPLIT, _SAMPLE, _SELF, _SHUFFLE, _VAL, _REPEAT, _MIX = range(100, 107)  # streams of the seed, apart from those of the datasets' positions
 
@@ -37,15 +45,27 @@ def _columns(options: Options) -> dict[str, str] | None:
     return columns
 
 
-def _read(options: Options, specs: tuple[str, ...], labelled: bool, stream: int = 0) -> list[Rows]:
-    identity = Identity(options.model_name, options.model_author)
+Key = tuple[int, int]  # dataset's position in `Choice.parts`, row number in it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows of which dataset are trained and evaluated on, in order; a row may be trained on more than once."""
+
+    parts: list[Part]
+    train: list[Key]
+    held: list[Key]
+    first_val: int  # parts from here on are evaluation datasets
+
+
+def _reader(options: Options, labelled: bool = True) -> Reader:
     known = {**CATALOG, **read_info(options.dataset_info)} if options.dataset_info else CATALOG
-    return read_all(specs, _columns(options), identity, options.use_hf, options.strict, options.data_seed + stream, labelled, known)
+    identity = Identity(options.model_name, options.model_author)
+    return Reader(_columns(options), identity, options.use_hf, options.strict, labelled, known)
 
 
-def _split(options: Options, labelled: bool = True) -> tuple[Rows, Rows]:
-    """(training rows, evaluation rows), before self-cognition and shuffling."""
-    train, held = Rows(), Rows()
+def _choose(options: Options, labelled: bool = True) -> Choice:
+    """Reads every dataset once. The training rows are sampled, with self-cognition, and shuffled."""
     ratio = options.split_dataset_ratio
     if not 0 <= ratio < 1:
         raise UsageError(f"--split_dataset_ratio must lie in [0, 1), got {ratio}")
@@ -53,28 +73,36 @@ def _split(options: Options, labelled: bool = True) -> tuple[Rows, Rows]:
         raise UsageError(f"--data_seed must not be negative, got {options.data_seed}")
     if options.interleave_prob:
         mixing.check(options.interleave_prob, len(options.dataset))
-    parts = []
-    for position, part in enumerate(_read(options, options.dataset, labelled)):
-        train.bad += part.bad
+    reader = _reader(options, labelled)
+    parts = scan(options.dataset, reader, options.data_seed)
+    groups: list[list[Key]] = []
+    held: list[Key] = []
+    for position, part in enumerate(parts):
         count = 0
-        if ratio > 0 and not options.val_dataset and len(part.rows) > 1:
-            count = min(max(int(len(part.rows) * ratio), 1), len(part.rows) - 1)
-        chosen = set(np.random.default_rng([options.data_seed, _SPLIT, position]).permutation(len(part.rows))[:count].tolist())
-        kept = [row for index, row in enumerate(part.rows) if index not in chosen]
+        if ratio > 0 and not options.val_dataset and len(part.order) > 1:
+            count = min(max(int(len(part.order) * ratio), 1), len(part.order) - 1)
+        chosen = set(np.random.default_rng([options.data_seed, _SPLIT, position]).permutation(len(part.order))[:count].tolist())
+        kept = [(position, number) for index, number in enumerate(part.order) if index not in chosen]
         if part.repeat_to is not None:  # repeated after the split, so that no evaluation row is trained on
             wanted = part.repeat_to - count
             kept = [kept[i] for i in sample(wanted, len(kept), np.random.default_rng([options.data_seed, _REPEAT, position]))]
-        parts.append(kept)
-        held.rows += [row for index, row in enumerate(part.rows) if index in chosen]
-    train.rows = _mixed(options, parts) if options.interleave_prob else [row for kept in parts for row in kept]
-    for part in _read(options, options.val_dataset, labelled, stream=1):
-        held.rows += part.rows
-        held.bad += part.bad
-    held.rows = _limited(held.rows, options.val_dataset_sample, [options.data_seed, _VAL])
-    return train, held
+        groups.append(kept)
+        held += [(position, number) for index, number in enumerate(part.order) if index in chosen]
+    train = _mixed(options, groups) if options.interleave_prob else [key for kept in groups for key in kept]
+    train = _limited(train, options.train_dataset_sample, [options.data_seed, _SAMPLE])
+    own = _self_cognition(options)
+    if own is not None:
+        train += [(len(parts), number) for number in own.order]
+        parts.append(own)
+    if options.dataset_shuffle:
+        train = [train[i] for i in np.random.default_rng([options.data_seed, _SHUFFLE]).permutation(len(train)).tolist()]
+    first_val = len(parts)
+    parts += scan(options.val_dataset, reader, options.data_seed + 1)
+    held += [(position, number) for position in range(first_val, len(parts)) for number in parts[position].order]
+    return Choice(parts, train, _limited(held, options.val_dataset_sample, [options.data_seed, _VAL]), first_val)
 
 
-def _mixed(options: Options, parts: list[list[Row]]) -> list[Row]:
+def _mixed(options: Options, parts: list[list[Key]]) -> list[Key]:
     """The datasets' training rows by --interleave_prob; says what came of it."""
     if options.dataset_shuffle:  # so that a dataset of which only a part is used gives rows from everywhere
         rngs = [np.random.default_rng([options.data_seed, _MIX, position]) for position in range(len(parts))]
@@ -86,17 +114,17 @@ def _mixed(options: Options, parts: list[list[Row]]) -> list[Row]:
     return [parts[which][row] for which, row in order]
 
 
-def _limited(rows: list[Row], count: int, seed: list[int]) -> list[Row]:
+def _limited(rows: list[Key], count: int, seed: list[int]) -> list[Key]:
     """A random choice of `count` rows (negative, or as many as there are: all of them), in their order."""
     if count < 0 or count >= len(rows):
         return rows
     return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())]
 
 
-def _self_cognition(options: Options) -> list[Row]:
+def _self_cognition(options: Options) -> Part | None:
     count = options.self_cognition_sample
     if count <= 0:
-        return []
+        return None
     for flag, given in (("--model_name", options.model_name), ("--model_author", options.model_author)):
         if not given:
             raise UsageError(
@@ -104,8 +132,10 @@ def _self_cognition(options: Options) -> list[Row]:
                 "its rows teach the model its name and who made it",
                 "add --model_name 小黄 'Xiao Huang' --model_author 魔搭 ModelScope",
             )
-    rows = list(read("self-cognition", identity=Identity(options.model_name, options.model_author)))
-    return [rows[i] for i in sample(count, len(rows), np.random.default_rng([options.data_seed, _SELF]))]
+    reader = Reader(identity=Identity(options.model_name, options.model_author), strict=True)
+    (part,) = scan(["self-cognition"], reader, 0)
+    order = sample(count, len(part.order), np.random.default_rng([options.data_seed, _SELF]))
+    return replace(part, order=order)
 
 
 def load(options: Options, template: Template | None = None, *, for_eval: bool = False, labelled: bool = True) -> Rows:
@@ -116,8 +146,11 @@ def load(options: Options, template: Template | None = None, *, for_eval: bool =
     """
     if not options.dataset and not options.val_dataset and options.self_cognition_sample <= 0:
         raise UsageError("no dataset given", fix="--dataset FILE, a hub id, or --self_cognition_sample N")
-    train, held = _split(options, labelled)
-    rows = held if for_eval else _training_rows(options, train)
+    choice = _choose(options, labelled)
+    keys = choice.held if for_eval else choice.train
+    found = dict(fetch(choice.parts, set(keys)))
+    parts = choice.parts[choice.first_val :] if for_eval else choice.parts[: choice.first_val]
+    rows = Rows([found[key] for key in keys], [refused for part in parts for refused in part.bad])
     if template is not None and not template.has_chat and any(row.conversation.messages for row in rows.rows):
         raise TemplateError(
             "this model has no chat template, and the dataset holds conversations", "it is a base model", "choose one with --template"
@@ -125,27 +158,100 @@ def load(options: Options, template: Template | None = None, *, for_eval: bool =
     return rows
 
 
-def _training_rows(options: Options, train: Rows) -> Rows:
-    rows = _limited(train.rows, options.train_dataset_sample, [options.data_seed, _SAMPLE]) + _self_cognition(options)
-    if options.dataset_shuffle:
-        rows = [rows[i] for i in np.random.default_rng([options.data_seed, _SHUFFLE]).permutation(len(rows)).tolist()]
-    return Rows(rows, train.bad)
-
-
 def load_training(
     options: Options, template: Template, max_length: int | None
-) -> tuple[list[Sample], list[Sample], list[Conversation], Report]:
+) -> tuple[Sequence[Sample], Sequence[Sample], list[Conversation], Report]:
     """(training samples, evaluation samples, evaluation conversations, account of both). Deterministic in the flags.
 
-    Raises DataError when no training sample is left.
+    Large data is encoded into files that are mapped, and taken from there when nothing changed; memory then holds some
+    hundred bytes a row. Raises DataError when no training sample is left.
     """
     if not options.dataset and options.self_cognition_sample <= 0:
         raise UsageError("no dataset to train on", fix="--dataset FILE, a hub id, or --self_cognition_sample N")
-    train, held = _split(options)
-    train = _training_rows(options, train)
-    settings = (template, max_length, options.truncation_strategy, options.loss_scale, options.strict)
-    samples, report = encode(train.rows, *settings, bad=train.bad)
-    if not samples:
+    name = _cache_key(options, template, max_length)
+    if name is not None and (entry := cache.find(name)) is not None:
+        try:
+            result = _cached(entry)
+            print(f"rows taken from the cache: {entry} (same data, template, tokenizer and settings)")
+            return result
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"note: the cached rows in {entry} are damaged ({error}); encoding again")
+            shutil.rmtree(entry, ignore_errors=True)
+    folder = cache.begin() if name is not None else None
+    try:
+        return _encode(options, template, max_length, folder, name)
+    except OSError as error:
+        if folder is None:
+            raise
+        fix = "make room, set XDG_CACHE_HOME, or pass --load_from_cache_file false"
+        raise DataError(f"cannot write encoded rows to {folder.parent}", error.strerror or str(error), fix) from None
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # gone by then unless something failed
+
+
+def _encode(
+    options: Options, template: Template, max_length: int | None, folder: Path | None, name: str | None
+) -> tuple[Sequence[Sample], Sequence[Sample], list[Conversation], Report]:
+    choice = _choose(options)
+    uses, held = Counter(choice.train), dict.fromkeys(choice.held)
+    conversations: dict[Key, Conversation] = {}
+
+    def rows() -> Iterator[Row]:
+        for key, row in fetch(choice.parts, uses.keys() | held.keys()):
+            keys.append(key)
+            if key in held:
+                conversations[key] = row.conversation
+            yield row
+
+    keys: deque[Key] = deque()
+    writer, places = Writer(folder), {}
+    report, held_report = Report(), Report()
+    for position, part in enumerate(choice.parts):
+        for refused in part.bad:
+            (held_report if position >= choice.first_val else report).drop(refused.reason, refused.source, refused.number)
+    for outcome in outcomes(rows(), template, max_length, options.truncation_strategy, options.loss_scale, options.strict):
+        key = keys.popleft()
+        places[key] = (len(writer), len(outcome.samples))
+        for one in outcome.samples:
+            writer.add(one)
+        report.add(outcome, uses[key])
+        held_report.add(outcome, key in held)
+    orders = [
+        np.array([at for key in chosen for at in range(places[key][0], sum(places[key]))], dtype=np.int64)
+        for chosen in (choice.train, choice.held)
+    ]
+    if not len(orders[0]):
         raise DataError("no training row is left", "\n" + report.table(), "correct the rows, or raise --max_length")
-    held_samples, held_report = encode(held.rows, *settings, bad=held.bad)
-    return samples, held_samples, [row.conversation for row in held.rows], report.merge(held_report)
+    total = report.merge(held_report)
+    evaluation = [conversations[key] for key in choice.held]
+    arrays = writer.arrays()
+    if folder is not None and name is not None:
+        for file, order in zip(_ORDERS, orders, strict=True):
+            np.save(folder / file, order)
+        content = {"report": asdict(total), "evaluation": [asdict(conversation) for conversation in evaluation]}
+        print(f"rows kept for the next run: {cache.publish(folder, name, content)}")
+    return Samples(*arrays, orders[0]), Samples(*arrays, orders[1]), evaluation, total
+
+
+_ORDERS = ("train.npy", "evaluation.npy")
+
+
+def _cached(entry: Path) -> tuple[Sequence[Sample], Sequence[Sample], list[Conversation], Report]:
+    content = json.loads((entry / "done.json").read_text(encoding="utf-8"))
+    arrays = mapped(entry)
+    train, held = (Samples(*arrays, np.load(entry / file)) for file in _ORDERS)
+    return train, held, [Conversation(**one) for one in content["evaluation"]], Report.from_json(content["report"])
+
+
+def _cache_key(options: Options, template: Template, max_length: int | None) -> str | None:
+    """The cache entry's name; None where caching is switched off or not worth it."""
+    if not options.load_from_cache_file:
+        return None
+    reader = _reader(options)
+    files = [file for spec in (*options.dataset, *options.val_dataset) for file in reader.files(spec)]
+    if sum(file.stat().st_size for file in files) < cache.WORTH_IT:
+        return None
+    specs = [str(parse_spec(spec, reader.known)) for spec in (*options.dataset, *options.val_dataset)]
+    settings = {name: options.values[name] for name in DATA_SETTINGS if name not in ("dataset_info", "load_from_cache_file")}
+    return cache.key(files, template, {**settings, "specs": specs, "strict": options.strict, "max_length": max_length})

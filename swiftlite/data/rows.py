@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from swiftlite.chat.conversation import Conversation
 from swiftlite.data.catalog import CATALOG, Entry
 from swiftlite.data.formats import to_conversation
-from swiftlite.data.sources import Broken, parse_spec, records
+from swiftlite.data.sources import Broken, files, parse_spec, records
 from swiftlite.errors import DataError, UsageError
 
 _PLACEHOLDER = re.compile(r"\{\{(NAME|AUTHOR)\}\}")
@@ -47,7 +48,6 @@ class Rows:
 
     rows: list[Row] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
-    repeat_to: int | None = None  # more rows than there are were asked for
 
 
 @dataclass(frozen=True)
@@ -146,27 +146,65 @@ def sample(count: int | None, length: int, rng: np.random.Generator) -> list[int
     return picked
 
 
-def read_all(
-    specs: Sequence[str],
-    columns: dict[str, str] | None,
-    identity: Identity,
-    use_hf: bool,
-    strict: bool,
-    seed: int,
-    labelled: bool = True,
-    known: Mapping[str, Entry] = CATALOG,
-) -> list[Rows]:
-    """The datasets one by one, each cut to its `#n` (`repeat_to` keeps an n beyond what there is, for the caller to fill after
-    it has held rows out). The draw depends on `seed` and the dataset's position alone."""
-    found = []
+@dataclass(frozen=True)
+class Reader:
+    """How datasets are read; the same for several of them."""
+
+    columns: dict[str, str] | None = None
+    identity: Identity = Identity()
+    use_hf: bool = False
+    strict: bool = False
+    labelled: bool = True
+    known: Mapping[str, Entry] = field(default_factory=lambda: CATALOG)
+
+    def rows(self, spec: str, bad: list[BadRow] | None = None) -> Iterator[Row]:
+        """`read` with these settings; `bad` None: refused records are passed over, as the first reading counted them."""
+        refused = None if self.strict else [] if bad is None else bad
+        return read(
+            spec, self.columns, identity=self.identity, use_hf=self.use_hf, bad=refused, labelled=self.labelled, known=self.known
+        )  # fmt: skip
+
+    def files(self, spec: str) -> list[Path]:
+        return files(parse_spec(spec, self.known), self.use_hf)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset argument after a first reading: which of its rows are used (by number from 0), and what was refused.
+
+    `repeat_to`: more rows than there are were asked for; the caller repeats them after it has held rows out.
+    """
+
+    spec: str
+    reader: Reader
+    order: list[int]
+    bad: list[BadRow] = field(default_factory=list)
+    repeat_to: int | None = None
+
+
+def scan(specs: Sequence[str], reader: Reader, seed: int) -> list[Part]:
+    """Read the datasets once, keeping nothing but counts, and cut each to its `#n`. The draw depends on `seed` and the
+    dataset's position alone."""
+    parts = []
     for position, spec in enumerate(specs):
-        rows = Rows()
-        bad = None if strict else rows.bad
-        rows.rows = list(read(spec, columns, identity=identity, use_hf=use_hf, bad=bad, labelled=labelled, known=known))
-        count = parse_spec(spec, known).count
-        if count is not None and count <= len(rows.rows):
-            rows.rows = [rows.rows[i] for i in sample(count, len(rows.rows), np.random.default_rng([seed, position]))]
-        elif count is not None:
-            rows.repeat_to = count
-        found.append(rows)
-    return found
+        bad: list[BadRow] = []
+        length = sum(1 for _ in reader.rows(spec, bad))
+        count = parse_spec(spec, reader.known).count
+        if count is not None and count <= length:
+            parts.append(Part(spec, reader, sample(count, length, np.random.default_rng([seed, position])), bad))
+        else:
+            parts.append(Part(spec, reader, list(range(length)), bad, count))
+    return parts
+
+
+def fetch(parts: Sequence[Part], wanted: Collection[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Row]]:
+    """((part, row number), row) of the `wanted`, each once, in the files' order."""
+    for position, part in enumerate(parts):
+        numbers = {number for which, number in wanted if which == position}
+        if numbers:
+            last = max(numbers)
+            for number, row in enumerate(part.reader.rows(part.spec)):
+                if number in numbers:
+                    yield (position, number), row
+                if number == last:
+                    break

@@ -83,6 +83,12 @@ def parse_spec(text: str, known: Mapping[str, Entry] = CATALOG) -> Spec:
 
 def records(spec: Spec, use_hf: bool = False) -> Iterator[tuple[Any, str, int]]:
     """(record or Broken, file, line or element number from 1) of all the dataset's files. Raises DataError or HubError."""
+    for file in files(spec, use_hf):
+        yield from read_file(file)
+
+
+def files(spec: Spec, use_hf: bool = False) -> list[Path]:
+    """The dataset's data files. Raises DataError or HubError."""
     path = Path(spec.name).expanduser()
     if not path.exists() and spec.name in BUNDLED:
         path = BUNDLED[spec.name]
@@ -94,8 +100,7 @@ def records(spec: Spec, use_hf: bool = False) -> Iterator[tuple[Any, str, int]]:
         except HubError as error:
             close = difflib.get_close_matches(spec.name, [*CATALOG, *BUNDLED], n=1, cutoff=0.7) if "/" not in spec.name else []
             raise HubError(error.what, error.why, f"did you mean {close[0]!r}?" if close else error.fix) from None
-    for file in _files(path, spec):
-        yield from read_file(file)
+    return _files(path, spec)
 
 
 def _files(path: Path, spec: Spec) -> list[Path]:
