@@ -226,3 +226,12 @@ def test_early_stop_and_links(sft, capsys):  # noqa: F811
 def test_unknown_start():
     with pytest.raises(UsageError, match="pissa_niter"):
         Variant(init_weights="pissa_niter_x").check()
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_quantized_base(bits, sft, make_model, data):  # noqa: F811
+    pytest.importorskip("bitsandbytes")
+    path = make_model("qwen3", hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.1)
+    run = sft("--model", str(path), "--quant_bits", bits, "--optim", "adamw_8bit", "--max_steps", "6", *QUIET)
+    losses = [loss for loss, _ in trajectory(run)]
+    assert losses[-1] < 0.9 * losses[0]

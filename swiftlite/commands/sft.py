@@ -100,7 +100,9 @@ def _train(
     full = options.tuner_type == "full"
     torch.manual_seed(options.seed)
     began = time.perf_counter()
-    model = load_model(resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register())
+    model = load_model(
+        resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register(), **_quantized(options, dtype)
+    )
     tuner: Any = Full(model, dtype, _freezing(options)) if full else _lora(options, model, start_from, resumed)
     loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None, options.label_smoothing_factor)
     if options.neftune_noise_alpha is not None:
@@ -240,12 +242,14 @@ def _check(options: Options) -> Path:
         raise UsageError("nothing to do: --num_train_epochs must be above 0")
     if options.learning_rate is not None and not (0 <= options.learning_rate < math.inf):
         raise UsageError(f"--learning_rate must be a number from 0 up, got {options.learning_rate}")
-    if options.optim == "adamw_8bit":
+    if options.quant_bits not in (0, 4, 8):
+        raise UsageError(f"--quant_bits must be 4 or 8 in training, got {options.quant_bits}")
+    if options.optim == "adamw_8bit" or options.quant_bits:
         from swiftlite.train.optimizers import check_8bit
 
         check_8bit()
     full_only = ("freeze_parameters_ratio", "freeze_parameters_regex", "trainable_parameters_regex")
-    lora_only = ("use_dora", "lora_bias", "init_weights", "lorap_lr_ratio")
+    lora_only = ("use_dora", "lora_bias", "init_weights", "lorap_lr_ratio", "quant_bits")
     for flag in lora_only if options.tuner_type == "full" else full_only:
         if getattr(options, flag) != flags_of("sft")[flag].default:
             raise UsageError(f"--{flag} has no meaning with --tuner_type {options.tuner_type}", fix="leave it out")
@@ -333,13 +337,17 @@ def _lora(options: Options, model: Any, start_from: Path | None, resumed: Path |
 
     source = resumed or start_from
     embeddings = "all-embedding" in options.target_modules
+    if options.quant_bits and source is not None:  # PEFT knows quantized linears
+        from swiftlite.train.peft_lora import PeftLora
+
+        return PeftLora.read(model, source)
     variant = options.use_dora, options.lora_bias, options.init_weights, embeddings
     if source is not None and variant == PLAIN and not LoraSpec.is_plain(source):
         from swiftlite.train.peft_lora import PeftLora
 
         print(f"adapter from {source}: its own settings, through PEFT")
         return PeftLora.read(model, source)
-    if variant != PLAIN:
+    if variant != PLAIN or options.quant_bits:
         from swiftlite.train.peft_lora import PeftLora, Variant
 
         if start_from is not None:
@@ -355,6 +363,24 @@ def _lora(options: Options, model: Any, start_from: Path | None, resumed: Path |
     if source is not None:
         lora.load(source)
     return lora
+
+
+def _quantized(options: Options, dtype: Any) -> dict[str, Any]:
+    """QLoRA (arXiv 2305.14314): NF4 with doubly quantized scales, products in the run's dtype."""
+    if not options.quant_bits:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    four = options.quant_bits == 4
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=four,
+            load_in_8bit=not four,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    }
 
 
 def _spec(options: Options) -> Any:

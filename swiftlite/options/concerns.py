@@ -65,7 +65,9 @@ class DataOptions:
     )
     load_from_cache_file: bool = opt(True, "take rows encoded before, where data, template, tokenizer and settings are the same")
     loss_scale: str = opt(
-        "default", "which turns are learnt: every assistant turn, the last, or all text", ("default", "last_round", "all")
+        "default",
+        "what is learnt: every assistant turn, the last, all text; ignore_empty_think leaves out an empty <think> block",
+        ("default", "last_round", "all", "ignore_empty_think", "last_round+ignore_empty_think"),
     )
     strict: bool = opt(False, "fail on the first bad row instead of counting it")
     dataset_shuffle: bool = opt(True, "shuffle the training rows")
@@ -99,6 +101,7 @@ class LoraOptions:
     use_dora: bool = opt(False, "train each weight's magnitude apart from its direction (arXiv 2402.09353); slower")
     lora_bias: str = opt("none", "also train biases: all, or those of adapted linears", ("none", "all", "lora_only"))
     init_weights: str = opt("true", "how adapters begin: true, gaussian, orthogonal, pissa, pissa_niter_16 or olora")
+    quant_bits: int = opt(0, "QLoRA: hold the frozen base in 4 or 8 bits; needs bitsandbytes (0: as it is)")
     lorap_lr_ratio: float | None = opt(None, "LoRA+: B learns so many times faster than A, e.g. 16 (arXiv 2402.12354)")
     freeze_parameters_ratio: float = opt(0.0, "full: freeze this share of the weights, from the input side")
     freeze_parameters_regex: str | None = opt(None, "full: freeze parameters whose name this finds")
