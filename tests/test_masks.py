@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from chat_templates import KINDS, NO_STOP, STYLES, make_tokenizer
 
 from swiftlite.chat import Conversation, Encoded, Template
 from swiftlite.chat.builtin import BUILTIN
 from swiftlite.chat.masks import merge_rows, slow_row
+from swiftlite.data.formats import to_conversation
 from swiftlite.errors import DataError, TemplateError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -133,6 +136,62 @@ def test_tool_calls_are_targets() -> None:
     first, second = (template.tokenizer.decode(row.ids[b:e]) for b, e in spans(row))
     assert first == '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
     assert second == "Two.<|im_end|>"
+
+
+def test_a_tool_using_dialogue_as_rows_write_it() -> None:
+    """Calls are targets whoever spells them (OpenAI's field, SWIFT's and ShareGPT's roles); results, tools and system are not."""
+    template = load("qwen2_5", "qwen")
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}]
+    call = {"name": "add", "arguments": {"x": 1}}
+    system, ask = {"role": "system", "content": "Use tools."}, {"role": "user", "content": "1+1, twice"}
+    end = [{"role": "assistant", "content": "Two."}]
+    openai = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {**call, "arguments": json.dumps({"x": 1})}}] * 2,
+    }
+    shapes = {
+        "openai": [system, ask, openai, {"role": "tool", "content": "2"}, *end],
+        "swift": [
+            system, ask, *[{"role": "tool_call", "content": json.dumps(call)}] * 2, {"role": "tool_response", "content": "2"}, *end,
+        ],
+        "sharegpt": [
+            {"from": "system", "value": "Use tools."}, {"from": "human", "value": "1+1, twice"},
+            *[{"from": "function_call", "value": json.dumps(call)}] * 2, {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "Two."},
+        ],
+    }  # fmt: skip
+    rows = {
+        name: template.encode_training(to_conversation({"messages": chat, "tools": json.dumps(tools)})) for name, chat in shapes.items()
+    }
+    (row,) = rows["openai"]
+    assert rows["openai"] == rows["swift"] == rows["sharegpt"]
+    decode = template.tokenizer.decode
+    block = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
+    assert [decode(row.ids[b:e]) for b, e in spans(row)] == [f"{block}\n{block}<|im_end|>", "Two.<|im_end|>"]
+    prompt = decode([i for i, learnt in zip(row.ids, row.mask, strict=True) if not learnt])
+    assert "Use tools." in prompt and '"parameters"' in prompt and "<tool_response>\n2\n</tool_response>" in prompt
+    (last,) = template.encode_training(to_conversation({"messages": shapes["openai"], "tools": tools}), "last_round")
+    assert last.ids == row.ids and [decode(last.ids[b:e]) for b, e in spans(last)] == ["Two.<|im_end|>"]
+    muted = [{**m, "loss": False} if "tool_calls" in m else m for m in shapes["openai"]]
+    assert template.encode_training(to_conversation({"messages": muted, "tools": tools})) == [last]
+
+
+def test_empty_thoughts_can_be_left_out() -> None:
+    template = load("qwen3", "qwen")
+    chat = turns("q1", "a1", "q2", "a2")
+    decode = template.tokenizer.decode
+    learnt = {
+        scale: [decode(row.ids[b:e]) for row in template.encode_training(Conversation(chat), scale) for b, e in spans(row)]
+        for scale in ("default", "ignore_empty_think", "last_round+ignore_empty_think")
+    }
+    assert learnt["default"][-1] == "<think>\n\n</think>\n\na2<|im_end|>"
+    assert learnt["ignore_empty_think"] == ["a1<|im_end|>", "a2<|im_end|>"]
+    assert learnt["last_round+ignore_empty_think"] == ["a2<|im_end|>"]
+    full = template.encode_training(Conversation(chat))
+    assert [row.ids for row in template.encode_training(Conversation(chat), "ignore_empty_think")] == [row.ids for row in full]
+    thought = turns("q1", "<think>\nhmm\n</think>\n\na1")
+    assert template.encode_training(Conversation(thought), "ignore_empty_think") == template.encode_training(Conversation(thought))
 
 
 def test_flags_of_added_tokens_that_swallow_space() -> None:

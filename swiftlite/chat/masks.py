@@ -134,6 +134,15 @@ def merge_rows(rows: list[Encoded], stop_ids: Collection[int]) -> list[Encoded]:
     return [row for row in merged if any(row.mask)]
 
 
+def without_empty_thought(row: Encoded, block: list[int]) -> Encoded:
+    """The row with the ids of an empty thought (`block`) at the beginning of an answer taken out of the targets."""
+    mask = list(row.mask)
+    for index, target in enumerate(row.mask):
+        if target and (index == 0 or not row.mask[index - 1]) and row.ids[index : index + len(block)] == block:
+            mask[index : index + len(block)] = [False] * len(block)
+    return Encoded(row.ids, mask)
+
+
 def merge_fast(tokens: ControlTokens, stops: Stops, rounds: list[Round], ids: list[int], tails: dict[str, list[int]]) -> Encoded | None:
     """The one row of a chain of rounds from the ids of its longest text alone, or None where `slow_row` must decide.
 

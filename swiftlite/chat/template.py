@@ -23,12 +23,24 @@ from transformers.utils.chat_template_utils import _compile_jinja_template  # th
 
 from swiftlite.chat import builtin
 from swiftlite.chat.conversation import Conversation, Message, check_messages
-from swiftlite.chat.masks import Encoded, NoStopToken, Round, Stops, chains, continuation, merge_fast, merge_rows, slow_row
+from swiftlite.chat.masks import (
+    Encoded,
+    NoStopToken,
+    Round,
+    Stops,
+    chains,
+    continuation,
+    merge_fast,
+    merge_rows,
+    slow_row,
+    without_empty_thought,
+)
 from swiftlite.chat.tokens import ControlTokens
 from swiftlite.errors import DataError, RequestError, SwiftError, TemplateError
 
 SAVED = "swift_template.json"
-LOSS_SCALES = ("default", "last_round", "all")
+LOSS_SCALES = ("default", "last_round", "all", "ignore_empty_think", "last_round+ignore_empty_think")
+_EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 _ASK, _ANSWER, _NEXT = "QuestionOne", "AnswerOne", "QuestionTwo"
 
 
@@ -218,8 +230,9 @@ class Template:
     def encode_training(self, conversation: Conversation, loss_scale: str = "default") -> list[Encoded]:
         """Rows with loss masks; usually one, several when the template rewrites history, none when no turn is to be learnt.
 
-        loss_scale: `default` (every assistant turn), `last_round`, `all` (every token). A message's `loss: False` takes its
-        turn out. Raises DataError for a bad conversation, TemplateError where no stop token ends a turn.
+        loss_scale: `default` (every assistant turn), `last_round`, `all` (every token); `ignore_empty_think` (every turn, but
+        not an empty <think> block before it), also after `last_round+`. A message's `loss: False` takes its turn out.
+        Raises DataError for a bad conversation, TemplateError where no stop token ends a turn.
         """
         (rows,) = self.encode_training_batch([conversation], loss_scale)
         if isinstance(rows, SwiftError):
@@ -230,6 +243,9 @@ class Template:
         """`encode_training` of many, with one call of the tokenizer; a bad conversation's error stands in its place."""
         if loss_scale not in LOSS_SCALES:
             raise TemplateError(f"unknown loss_scale {loss_scale!r}", fix=f"one of {', '.join(LOSS_SCALES)}")
+        thoughtless = loss_scale.endswith("ignore_empty_think")
+        loss_scale = loss_scale.removesuffix("ignore_empty_think").rstrip("+") or "default"
+        empty = self.tokens.encode(_EMPTY_THOUGHT) if thoughtless else []
         results: list[list[Encoded] | SwiftError] = [[] for _ in conversations]
         planned: list[tuple[int, list[Round]]] = []
         for index, conversation in enumerate(conversations):
@@ -256,6 +272,8 @@ class Template:
             merged = merge_rows(found, self._stops.ids)
             whole = [Encoded(row.ids, [True] * len(row.ids)) for row in merged[-1:]]
             results[index] = whole if loss_scale == "all" else merged
+            if thoughtless:
+                results[index] = [without_empty_thought(row, empty) for row in merged]
         for index in unstopped:
             results[index] = self._no_stop_error()
         return results

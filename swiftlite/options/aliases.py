@@ -84,6 +84,7 @@ VALUES: dict[str, dict[str, str]] = {
     "infer_backend": {"AUTO": "auto", "pt": "native", "transformers": "native"},
     "target_modules": {"ALL": "all-linear", "DEFAULT": "all-linear", "AUTO": "all-linear"},
     "report_to": {"all": "tensorboard"},
+    "loss_scale": {"default+ignore_empty_think": "ignore_empty_think"},
     "lr_scheduler_type": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "optim": {
         "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw_8bit",
