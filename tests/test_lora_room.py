@@ -134,7 +134,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_requests_and_nothing_else(buil
     assert [o.error for o in outputs[1::2]] == [None, None] and answers(outputs[1::2]) == [expected[1], expected[0]]
     version = next(v for v in engine.runner.lora._versions if v.name == "changed")
     with engine.runner.lora._lock:
-        engine.runner.lora._move_out(version.weights)
+        engine.runner.lora._memory.push_out(version.weights)
     output = engine.generate(PROMPTS[2], greedy(), adapter="changed")[0]
     assert "changed on disk" in output.error
     engine.add_adapter("changed", tmp_path / "changed")

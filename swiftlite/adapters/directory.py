@@ -295,8 +295,8 @@ def check_shapes(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) -> N
             raise AdapterError(f"the adapter in {adapter.path} belongs to another base model", why, fix)
     for name, (tokens, rows) in adapter.tokens.items():
         if name not in expected or rows.shape[1] != expected[name][1] or not 0 <= min(tokens) <= max(tokens) < expected[name][0]:
-            shape = list(expected[name]) if name in expected else "not there"
-            why = f"{name} has trained rows for tokens up to {max(tokens)}, {rows.shape[1]} wide; in the base it is {shape}"
+            there = list(expected[name]) if name in expected else "not there"
+            why = f"{name} has trained rows for tokens up to {max(tokens)}, {rows.shape[1]} wide; in the base it is {there}"
             raise AdapterError(f"the adapter in {adapter.path} belongs to another base model", why, fix)
     for name, tensor in (*adapter.saved.items(), *adapter.bases.items()):
         module, _, parameter = name.rpartition(".")

@@ -21,7 +21,6 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +31,7 @@ from swiftlite.adapters.directory import Adapter, read, read_header
 from swiftlite.engine.lora_extras import Extras
 from swiftlite.engine.lora_native import DTYPES, NativeLora
 from swiftlite.engine.lora_ops import Job, Segment, plan
+from swiftlite.engine.lora_room import AdapterInfo, AdapterVersion, Room, Waiter
 from swiftlite.engine.lora_store import Weights, WeightStore
 from swiftlite.engine.lora_taps import Layers
 from swiftlite.errors import AdapterError, RequestError, SwiftError
@@ -41,41 +41,6 @@ if TYPE_CHECKING:
 
     from swiftlite.engine.lora_cuda import AdapterTables, DeviceJob
 
-Waiter = Callable[["Weights | None", str], None]  # gets a seat, or the reason why there is none
-
-
-@dataclass(eq=False)
-class AdapterVersion:
-    """One adapter's content as the engine knows it. `name` is the name it was first loaded under."""
-
-    name: str
-    number: int  # of this name's versions
-    path: str
-    rank: int
-    nbytes: int  # on the device
-    digest: str = ""  # of the content; "" until it was read. Seeds the prefix cache
-    weights: Weights | None = None
-    names: int = 0  # names that point here
-    requests: int = 0  # unfinished requests that hold it
-    served: int = 0  # requests so far
-    waiters: list[Waiter] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What the server may tell about an adapter. `state`: loading, ready, or draining (removed, waiting for its last request)."""
-
-    name: str
-    path: str
-    digest: str
-    version: int
-    rank: int
-    nbytes: int
-    tier: str  # device, or disk: read at its next request
-    requests: int
-    served: int
-    state: str
-
 
 class LoraManager:
     """All adapters of one model. Raises AdapterError on what cannot be loaded, RequestError on an unknown name."""
@@ -84,22 +49,20 @@ class LoraManager:
         self, model: PreTrainedModel, max_rank: int = 512, *, memory: int | None = None, library: ctypes.CDLL | None = None
     ) -> None:
         """`memory`: bytes for all adapters' weights, None: no limit. `library`: the C++ kernels (native.py)."""
-        self.max_rank, self.memory = max_rank, memory
+        self.max_rank = max_rank
         self.layers = Layers(model)
         groups = [(group.width, tuple(group.outs)) for group in self.layers.groups]
         self._native = NativeLora(library, groups) if library is not None and model.dtype in DTYPES and groups else None
         self.store = WeightStore(self.layers, self._native)
         self.on_gone: Callable[[str], None] = lambda digest: None
         self._lock = threading.RLock()  # everything below
-        self._room = threading.Condition(self._lock)  # a seat or some memory became free
+        self._freed = threading.Condition(self._lock)  # a seat or some memory
         self._loading = threading.Lock()  # one load at a time: of two loads of one name, the later call wins
         self._names: dict[str, AdapterVersion] = {}
         self._versions: list[AdapterVersion] = []
         self._numbers: Counter[str] = Counter()
         self._arriving: list[tuple[str, str]] = []  # (name, path) of loads that go on
-        self._resident: list[Weights] = []
-        self._reserved = 0  # bytes of loads that go on
-        self._clock = 0
+        self._memory = Room(self.store, memory)
         self._wanted: deque[AdapterVersion] = deque()
         self._loader: threading.Thread | None = None
         self._tables: AdapterTables | None = None  # only with the Triton kernels
@@ -116,21 +79,21 @@ class LoraManager:
             adapter = read(path, self.layers.shapes, max_rank=self.max_rank, finite=False)
             size = self._size(adapter)
             with self._lock:
-                roomy = self._make_room(size)
-                self._reserved += size * roomy
+                roomy = self._memory.make(size)
+                self._memory.reserved += size * roomy
             weights = None
             try:
                 # Without room it is packed all the same, to see that it can be, and read again when its turn comes.
                 weights = self.store.store(adapter)
             finally:
                 with self._lock:
-                    self._reserved -= size * roomy
+                    self._memory.reserved -= size * roomy
             with self._lock:
                 version = next((v for v in self._versions if v.digest == weights.digest), None)
                 if version is None:
                     version = self._new_version(name, adapter, size, weights.digest)
                 if roomy and version.weights is None:
-                    self._move_in(version, weights)
+                    self._memory.enter(weights, version)
                 else:
                     self.store.free(weights)
                 self._point(name, version)
@@ -168,8 +131,9 @@ class LoraManager:
     def _size(self, adapter: Adapter) -> int:
         self.store.check(adapter)
         size = self.store.nbytes_of(adapter)
-        if self.memory is not None and size > self.memory:
-            why = f"it takes {size:,} bytes, all adapters together may take {self.memory:,}"
+        limit = self._memory.limit
+        if limit is not None and size > limit:
+            why = f"it takes {size:,} bytes, all adapters together may take {limit:,}"
             raise AdapterError(f"{adapter.path} is too large", why, "give --adapter_memory more GiB")
         return size
 
@@ -200,10 +164,8 @@ class LoraManager:
             return
         self._versions.remove(version)
         if version.weights is not None:
-            weights, version.weights = version.weights, None
-            weights.versions -= 1
-            if not weights.versions:
-                self._move_out(weights)
+            self._memory.drop(version)
+            self._freed.notify_all()
         if version.digest and not any(v.digest == version.digest for v in self._versions):
             self.on_gone(version.digest)
 
@@ -224,7 +186,7 @@ class LoraManager:
         with self._lock:
             weights = version.weights
             if weights is not None and not weights.closing:
-                self._sit(weights)
+                self._memory.sit(weights)
                 return weights
             version.waiters.append(waiter)
             self._want(version)
@@ -236,7 +198,7 @@ class LoraManager:
             with self._lock:
                 assert seat.seated > 0, "a seat was given back twice"
                 seat.seated -= 1
-                self._room.notify_all()
+                self._freed.notify_all()
 
     def release(self, version: AdapterVersion) -> None:
         """One request of `version` ended."""
@@ -244,7 +206,7 @@ class LoraManager:
             assert version.requests > 0, f"{version.name} released more often than acquired"
             version.requests -= 1
             self._free_unheld(version)
-            self._room.notify_all()
+            self._freed.notify_all()
 
     def names(self) -> list[str]:
         with self._lock:
@@ -273,52 +235,9 @@ class LoraManager:
                 assert version.requests == requests[id(version)], (
                     f"adapter {version.name}: {version.requests} references, {requests[id(version)]} requests run"
                 )
-            sharing = Counter(id(version.weights) for version in self._versions if version.weights is not None)
-            for weights in self._resident:
-                assert weights.versions == sharing[id(weights)] > 0, "weights without a version"
-                seats = sum(version.requests for version in self._versions if version.weights is weights)
-                assert weights.seated <= seats, f"{weights.seated} seats taken, {seats} requests"
-            if not self._arriving and not self._wanted:
-                used = self.store.used_slots
-                assert used == len(self._resident), f"{used} adapter slots in use, {len(self._resident)} adapters"
+            self._memory.check(self._versions, idle=not self._arriving and not self._wanted)
 
     # -- memory
-
-    def _sit(self, weights: Weights, count: int = 1) -> None:
-        self._clock += 1
-        weights.used = self._clock
-        weights.seated += count
-
-    def _move_in(self, version: AdapterVersion, weights: Weights) -> None:
-        self._clock += 1
-        weights.since = weights.used = self._clock
-        weights.versions = 1
-        version.weights = weights
-        version.nbytes = weights.nbytes
-        self._resident.append(weights)
-
-    def _move_out(self, weights: Weights) -> None:
-        for version in self._versions:
-            if version.weights is weights:
-                version.weights = None
-        self._resident.remove(weights)
-        self.store.free(weights)
-        self._room.notify_all()
-
-    def _make_room(self, size: int) -> bool:
-        """Push out weights that nobody sits on, least recently used first, until `size` bytes fit; False when they do not."""
-        if self.memory is None:
-            return True
-        free = self.memory - self._reserved - sum(weights.nbytes for weights in self._resident)
-        idle = sorted((w for w in self._resident if not w.seated), key=lambda w: w.used)
-        if free + sum(w.nbytes for w in idle) < size:
-            return False
-        for weights in idle:
-            if free >= size:
-                break
-            free += weights.nbytes
-            self._move_out(weights)
-        return True
 
     def _want(self, version: AdapterVersion) -> None:
         if version not in self._wanted:
@@ -345,11 +264,10 @@ class LoraManager:
             with self._lock:
                 self._wanted.popleft()
                 waiters, version.waiters = version.waiters, []
-                for weights in self._resident:
-                    weights.closing = False
+                self._memory.reopen()
                 weights = version.weights
                 if weights is not None:
-                    self._sit(weights, len(waiters))
+                    self._memory.sit(weights, len(waiters))
                 elif not error and version.requests:  # one came when it seemed that nobody would
                     version.waiters = waiters
                     self._wanted.append(version)
@@ -363,15 +281,14 @@ class LoraManager:
             while version.weights is None:
                 if not version.requests:
                     return
-                if self._make_room(version.nbytes):
+                if self._memory.make(version.nbytes):
                     break
-                if not any(weights.closing for weights in self._resident):
-                    min(self._resident, key=lambda w: w.since).closing = True
-                self._room.wait()
+                self._memory.close_oldest()
+                self._freed.wait()
             if version.weights is not None:
                 return
             size = version.nbytes
-            self._reserved += size
+            self._memory.reserved += size
         try:
             with self._loading:
                 adapter = read(version.path, self.layers.shapes, max_rank=self.max_rank, finite=False)
@@ -379,9 +296,9 @@ class LoraManager:
                 weights = self.store.store(adapter)
         finally:
             with self._lock:
-                self._reserved -= size
+                self._memory.reserved -= size
         with self._lock:
-            twin = next((w for w in self._resident if w.digest == weights.digest), None)
+            twin = next((w for w in self._memory.resident if w.digest == weights.digest), None)
             changed = version.digest and version.digest != weights.digest
             if changed or twin is not None or version not in self._versions:
                 self.store.free(weights)
@@ -392,10 +309,9 @@ class LoraManager:
             if version not in self._versions or version.weights is not None:
                 return
             if twin is None:
-                self._move_in(version, weights)
+                self._memory.enter(weights, version)
             else:
-                version.weights = twin
-                twin.versions += 1
+                self._memory.share(twin, version)
 
     # -- one step
 

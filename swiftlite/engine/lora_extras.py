@@ -122,8 +122,9 @@ def dora_gain(name: str, module: nn.Linear, weights: LoraWeights) -> Tensor:
     return weights.magnitude.to(device).float() / whole.norm(dim=1)
 
 
-def embedding_scale(name: str, module: nn.Embedding) -> float | None:
+def embedding_scale(name: str, module: nn.Module) -> float | None:
     """What the module multiplies its rows by (Gemma does); AdapterError when it does anything else."""
+    assert isinstance(module, nn.Embedding)
     ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
     rows, got = F.embedding(ids, module.weight.detach()), module(ids)
     scale = dict(module.named_buffers()).get("embed_scale")

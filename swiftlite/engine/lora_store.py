@@ -30,7 +30,6 @@ class Weights:
     slot: int
     extras: Extras
     nbytes: int
-    versions: int = 0  # that point here
     seated: int = 0  # requests that run with it
     used: int = 0  # when it last got a request, as a count
     since: int = 0  # when it came
