@@ -214,7 +214,7 @@ class CompletionRequest(Sampled):
         return self.logprobs
 
 
-Body = TypeVar("Body", bound=Sampled)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def parse(kind: type[Body], body: dict[str, Any]) -> Body:
