@@ -217,14 +217,14 @@ def _start_from(options: Options) -> Path | None:
 def _check(options: Options) -> Path:
     """Flags that are wrong on sight; returns the model's directory."""
     from swiftlite.hub import resolve_model
-    from swiftlite.train.log import check_reporters
+    from swiftlite.train import reporters
 
     name = options.model or options.model_type
     if not name:
         raise UsageError("swift sft: which model?", fix="pass --model DIRECTORY (or a hub id, or tiny-chat)")
     if not options.dataset and not options.self_cognition_sample:
         raise UsageError("swift sft: which data?", fix="pass --dataset FILE.jsonl (or --self_cognition_sample N)")
-    check_reporters(options.report_to)
+    reporters.check(options.report_to)
     for flag in ("deepspeed", "fsdp"):
         if getattr(options, flag):
             raise UsageError(

@@ -151,7 +151,7 @@ class TrainOptions:
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
     deepspeed: str | None = opt(None, "not built yet: every process holds the whole model (NPROC_PER_NODE sets how many there are)")
     fsdp: str | None = opt(None, "not built yet, as --deepspeed")
-    report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, or none")
+    report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), or none")
     seed: int = opt(42, "seed of initialisation and dropout")
 
 

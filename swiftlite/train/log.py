@@ -1,4 +1,4 @@
-"""What a run tells: `logging.jsonl`, TensorBoard, and a progress line. Rows are dicts of plain numbers, made by the loop."""
+"""What a run tells: `logging.jsonl`, the reporters asked for, and a progress line. Rows are dicts of plain numbers, made by the loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from swiftlite.errors import UsageError
+from swiftlite.train import reporters
 
 
 def duration(seconds: float) -> str:
@@ -27,7 +27,7 @@ class Logbook:
         aside.write_text("".join(_line(row) for row in history), encoding="utf-8")
         os.replace(aside, path)
         self.file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.board = _tensorboard(run / "runs", history[-1]["global_step"] if history else 0, report_to)
+        self.reporters = reporters.start(report_to, run, history[-1]["global_step"] if history else 0)
         self.progress = _rich(total_steps) if sys.stdout.isatty() else None
 
     def train(self, row: dict[str, Any], eta: float) -> None:
@@ -64,18 +64,17 @@ class Logbook:
     def close(self) -> None:
         if self.progress is not None:
             self.progress[0].stop()
-        if self.board is not None:
-            self.board.close()
+        for reporter in self.reporters:
+            reporter.close()
         self.file.close()
 
     def _write(self, row: dict[str, Any], kind: str) -> None:
         self.rows.append(row)
         self.file.write(_line(row))
         self.file.flush()
-        if self.board is not None:
-            for key, value in row.items():
-                if key != "global_step":
-                    self.board.add_scalar(f"{kind}/{key.removeprefix('eval_')}", value, row["global_step"])
+        values = {f"{kind}/{key.removeprefix('eval_')}": value for key, value in row.items() if key != "global_step"}
+        for reporter in self.reporters:
+            reporter.log(values, row["global_step"])
 
 
 class Silent(Logbook):
@@ -84,7 +83,7 @@ class Silent(Logbook):
     def __init__(self, total_steps: int, history: list[dict[str, Any]]) -> None:
         self.rows, self.total = list(history), total_steps
         self.file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.board = self.progress = None
+        self.reporters, self.progress = [], None
 
     def say(self, text: str) -> None:
         pass
@@ -92,24 +91,6 @@ class Silent(Logbook):
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def check_reporters(report_to: tuple[str, ...]) -> None:
-    """UsageError for a reporter that we do not have."""
-    unknown = [name for name in report_to if name not in ("tensorboard", "none")]
-    if unknown:
-        raise UsageError(f"--report_to: unknown reporter {unknown[0]!r}", fix="use tensorboard or none")
-
-
-def _tensorboard(folder: Path, step: int, report_to: tuple[str, ...]) -> Any:
-    if "tensorboard" not in report_to:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("note: no TensorBoard files, the package tensorboard is not installed (logging.jsonl has every number)")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def _rich(total: int) -> Any:

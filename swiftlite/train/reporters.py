@@ -1,0 +1,82 @@
+"""Where a run's numbers also go: TensorBoard files, Weights & Biases, SwanLab. Each package is imported when it is asked for.
+
+A reporter is a function from (values by name, step) and one that ends it. None of them is needed: logging.jsonl has it all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swiftlite.errors import UsageError
+
+REPORTERS = ("tensorboard", "wandb", "swanlab")
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """`log(values, step)` for every row, `close()` at the end."""
+
+    log: Callable[[Mapping[str, float], int], Any]
+    close: Callable[[], Any]
+
+
+def check(report_to: tuple[str, ...]) -> None:
+    """UsageError for a reporter that we do not have, or whose package is missing; TensorBoard's may be."""
+    for name in report_to:
+        if name not in (*REPORTERS, "none"):
+            raise UsageError(f"--report_to: unknown reporter {name!r}", fix=f"use {', '.join(REPORTERS)} or none")
+        if name in ("wandb", "swanlab") and importlib.util.find_spec(name) is None:
+            raise UsageError(f"--report_to {name}: the package {name} is not installed", fix=f"pip install {name}, or leave it out")
+
+
+def start(report_to: tuple[str, ...], run: Path, last_step: int) -> list[Reporter]:
+    """The reporters of a run in folder `run`; `last_step` is 0 unless it is resumed."""
+    openers = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab}
+    return [found for name, opener in openers.items() if name in report_to and (found := opener(run, last_step)) is not None]
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    path = run / "sft_args.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _tensorboard(run: Path, last_step: int) -> Reporter | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("note: no TensorBoard files, the package tensorboard is not installed (logging.jsonl has every number)")
+        return None
+    board = SummaryWriter(str(run / "runs"), purge_step=last_step + 1 if last_step else None)
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+
+    return Reporter(log, board.close)
+
+
+def _wandb(run: Path, last_step: int) -> Reporter:
+    """Project from WANDB_PROJECT; everything else that wandb reads from its environment holds too (WANDB_MODE=offline)."""
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", "swiftlite")
+    session = wandb.init(project=project, name=os.environ.get("WANDB_NAME", run.name), dir=str(run), config=_settings(run))
+    return Reporter(lambda values, step: session.log(dict(values), step=step), session.finish)
+
+
+def _swanlab(run: Path, last_step: int) -> Reporter:
+    """Project from SWANLAB_PROJ_NAME, mode from SWANLAB_MODE (cloud, local, offline, disabled)."""
+    import swanlab
+
+    mode = os.environ.get("SWANLAB_MODE")
+    swanlab.init(
+        project=os.environ.get("SWANLAB_PROJ_NAME", "swiftlite"), experiment_name=os.environ.get("SWANLAB_EXP_NAME", run.name),
+        logdir=str(run / "swanlog"), config=_settings(run), **({"mode": mode} if mode else {}),
+    )  # fmt: skip
+    return Reporter(lambda values, step: swanlab.log(dict(values), step=step), swanlab.finish)
