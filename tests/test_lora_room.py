@@ -92,6 +92,28 @@ def test_little_memory_serves_all_and_stays_within_its_limit(build, adapters, ex
         small.add_adapter("a", adapters[0])
 
 
+def test_what_was_read_is_kept_beside_a_device(build, adapters, expected, monkeypatch) -> None:
+    from swiftlite.engine import lora
+
+    probe = build()
+    size = size_of(probe, adapters[0])
+    engine = build(adapter_memory=size + 100, adapter_host_memory=2 * size)  # as beside a GPU: one on it, two more at hand
+    for index in range(4):
+        engine.register_adapter(f"a{index}", adapters[index])
+    reads: list[str] = []
+    real = lora.read
+    monkeypatch.setattr(lora, "read", lambda path, *args, **kwargs: reads.append(str(path)) or real(path, *args, **kwargs))
+    for index in (0, 1, 0, 1, 2, 3):
+        assert answers(engine.generate(PROMPTS[2], greedy(), adapter=f"a{index}"))[0] == expected[index]
+    assert reads == [str(adapters[index]) for index in (0, 1, 2, 3)]
+    assert [info.tier for info in engine.adapters()] == ["disk", "disk", "host", "device"]
+    engine.remove_adapter("a2")
+    assert engine.runner.lora._host.used <= size
+    for index in (0, 1, 3):
+        engine.remove_adapter(f"a{index}")
+    assert engine.runner.lora._host.used == 0
+
+
 def test_a_popular_adapter_cannot_starve_a_rare_one(build, adapters, expected) -> None:
     probe = build()
     engine = build(adapter_memory=size_of(probe, adapters[0]) + 100, max_num_seqs=4)  # room for one

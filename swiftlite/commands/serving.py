@@ -185,8 +185,9 @@ def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) ->
     settings = {name: options.values[name] for name in ENGINE_FLAGS}
     if options.kv_cache_memory is not None:
         settings["kv_cache_memory"] = int(options.kv_cache_memory * 2**30)
-    if options.adapter_memory is not None:
-        settings["adapter_memory"] = int(options.adapter_memory * 2**30)
+    for name in ("adapter_memory", "adapter_host_memory"):
+        if options.values[name] is not None:
+            settings[name] = int(options.values[name] * 2**30)
     if "max_logprobs" in options.values:
         settings["max_logprobs"] = options.max_logprobs
     engine = Engine(

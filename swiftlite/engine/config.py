@@ -20,6 +20,7 @@ class EngineConfig:
     enforce_eager: bool = False  # no CUDA graphs
     max_lora_rank: int = 512
     adapter_memory: int | None = None  # bytes for the weights of adapters on the device; others are read again when wanted
+    adapter_host_memory: int | None = None  # bytes to keep adapters beside a GPU that are not on it
     max_logprobs: int = 20
     max_n: int = 128
     speculate_ngram: int = 0  # tokens to guess per step from what the sequence repeats; 0: off

@@ -31,7 +31,7 @@ from swiftlite.adapters.directory import Adapter, read, read_header
 from swiftlite.engine.lora_extras import Extras
 from swiftlite.engine.lora_native import DTYPES, NativeLora
 from swiftlite.engine.lora_ops import Job, Segment, plan
-from swiftlite.engine.lora_room import AdapterInfo, AdapterVersion, Room, Waiter
+from swiftlite.engine.lora_room import AdapterInfo, AdapterVersion, HostCache, Room, Waiter
 from swiftlite.engine.lora_store import Weights, WeightStore
 from swiftlite.engine.lora_taps import Layers
 from swiftlite.errors import AdapterError, RequestError, SwiftError
@@ -46,9 +46,13 @@ class LoraManager:
     """All adapters of one model. Raises AdapterError on what cannot be loaded, RequestError on an unknown name."""
 
     def __init__(
-        self, model: PreTrainedModel, max_rank: int = 512, *, memory: int | None = None, library: ctypes.CDLL | None = None
-    ) -> None:
-        """`memory`: bytes for all adapters' weights, None: no limit. `library`: the C++ kernels (native.py)."""
+        self, model: PreTrainedModel, max_rank: int = 512, *, memory: int | None = None, host_memory: int = 0,
+        library: ctypes.CDLL | None = None,
+    ) -> None:  # fmt: skip
+        """`memory`: bytes for all adapters' weights, None: no limit. `host_memory`: bytes to keep what was read, beside a GPU.
+
+        `library`: the C++ kernels (native.py).
+        """
         self.max_rank = max_rank
         self.layers = Layers(model)
         groups = [(group.width, tuple(group.outs)) for group in self.layers.groups]
@@ -63,6 +67,7 @@ class LoraManager:
         self._numbers: Counter[str] = Counter()
         self._arriving: list[tuple[str, str]] = []  # (name, path) of loads that go on
         self._memory = Room(self.store, memory)
+        self._host = HostCache(host_memory)
         self._wanted: deque[AdapterVersion] = deque()
         self._loader: threading.Thread | None = None
         self._tables: AdapterTables | None = None  # only with the Triton kernels
@@ -89,6 +94,7 @@ class LoraManager:
                 with self._lock:
                     self._memory.reserved -= size * roomy
             with self._lock:
+                self._host.put(adapter)
                 version = next((v for v in self._versions if v.digest == weights.digest), None)
                 if version is None:
                     version = self._new_version(name, adapter, size, weights.digest)
@@ -167,6 +173,7 @@ class LoraManager:
             self._memory.drop(version)
             self._freed.notify_all()
         if version.digest and not any(v.digest == version.digest for v in self._versions):
+            self._host.drop(version.digest)
             self.on_gone(version.digest)
 
     # -- requests
@@ -222,7 +229,7 @@ class LoraManager:
 
     def info(self, name: str, version: AdapterVersion, state: str = "ready") -> AdapterInfo:
         v = version
-        tier = "device" if v.weights is not None else "disk"
+        tier = "device" if v.weights is not None else "host" if v.digest in self._host else "disk"
         return AdapterInfo(name, v.path, v.digest, v.number, v.rank, v.nbytes, tier, v.requests, v.served, state)
 
     def check(self, held: Iterable[AdapterVersion] = ()) -> None:
@@ -290,8 +297,10 @@ class LoraManager:
             size = version.nbytes
             self._memory.reserved += size
         try:
+            with self._lock:
+                kept = self._host.get(version.digest)
             with self._loading:
-                adapter = read(version.path, self.layers.shapes, max_rank=self.max_rank, finite=False)
+                adapter = kept or read(version.path, self.layers.shapes, max_rank=self.max_rank, finite=False)
                 self._size(adapter)
                 weights = self.store.store(adapter)
         finally:
@@ -308,6 +317,7 @@ class LoraManager:
             version.digest = weights.digest
             if version not in self._versions or version.weights is not None:
                 return
+            self._host.put(adapter)
             if twin is None:
                 self._memory.enter(weights, version)
             else:

@@ -92,6 +92,8 @@ class NativeJob:
         self.segments = torch.tensor(rows)
         stack = next(iter(self.stacks.values()))
         self.dtype, self.itemsize = stack.rows.dtype, stack.rows.element_size()
+        # one element more: the kernel reads ranks in pairs
+        self.scratch = torch.empty(first * max(self.columns) + 1, dtype=self.dtype)
         self.args = _Args(
             segments=self.segments.data_ptr(),
             num_segments=len(rows) // 3,
@@ -110,8 +112,10 @@ class NativeJob:
             x = x.contiguous()
         args.shrink = h is None
         if h is None:
-            # one element more: the kernel reads ranks in pairs
-            h = torch.empty(x.shape[0] * self.columns[group] + 1, dtype=self.dtype)
+            if end - first == len(owner.starts[group]):
+                h = self.scratch  # nobody asks for it again
+            else:
+                h = torch.empty(x.shape[0] * self.columns[group] + 1, dtype=self.dtype)
         args.x, args.y, args.h = x.data_ptr(), y.data_ptr() - owner.starts[group][first] * self.itemsize, h.data_ptr()
         args.x_stride, args.y_stride, args.h_stride = x.stride(0), y.stride(0), self.columns[group]
         args.outs, args.entry, args.width = owner.outs_at[group], group * (2 + 3 * owner.parts), owner.widths[group]

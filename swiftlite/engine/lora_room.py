@@ -6,9 +6,11 @@ the caller (`lora.py`), guards all of it. It reads nothing and starts nothing.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from swiftlite.adapters.directory import Adapter
 from swiftlite.engine.lora_store import Weights, WeightStore
 
 Waiter = Callable[["Weights | None", str], None]  # gets a seat, or the reason why there is none
@@ -41,10 +43,40 @@ class AdapterInfo:
     version: int
     rank: int
     nbytes: int
-    tier: str  # device, or disk: read at its next request
+    tier: str  # device; host: kept in the machine's memory beside a GPU; disk: read at its next request
     requests: int
     served: int
     state: str
+
+
+class HostCache:
+    """Adapters as they were read, for a device whose memory is not the host's; the least recently used go first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # by digest
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._adapters
+
+    def get(self, digest: str) -> Adapter | None:
+        if digest in self._adapters:
+            self._adapters.move_to_end(digest)
+        return self._adapters.get(digest)
+
+    def put(self, adapter: Adapter) -> None:
+        digest, size = adapter.digest, adapter.nbytes
+        if digest in self._adapters or size > self.limit:
+            return
+        while self.used + size > self.limit:
+            self.drop(next(iter(self._adapters)))
+        self._adapters[digest] = adapter
+        self.used += size
+
+    def drop(self, digest: str) -> None:
+        adapter = self._adapters.pop(digest, None)
+        if adapter is not None:
+            self.used -= adapter.nbytes
 
 
 class Room:

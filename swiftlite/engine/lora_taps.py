@@ -85,7 +85,7 @@ class Layers:
         self._armed: list[Tap] = []
         self.jobs: Sequence[Job] = []
         self._rows = 0
-        self._extras: list[tuple[Extras, int, int]] = []  # with first row and end
+        self.extras: list[tuple[Extras, int, int]] = []  # with first row and end
         self._logits: list[tuple[Extras, Tensor]] = []  # with the rows of the logits that are theirs
 
     def _survey(self) -> None:
@@ -131,7 +131,7 @@ class Layers:
 
     def set_batch(self, jobs: Sequence[Job], extras: list[tuple[Extras, int, int]], rows: int, logits_rows: Tensor | None) -> None:
         """Work for the next forward of `rows` rows; no jobs and no extras: the stock modules run."""
-        self.jobs, self._extras, self._rows = jobs, extras, rows
+        self.jobs, self.extras, self._rows = jobs, extras, rows
         for group in self.groups:
             group.forget()
         wanted = self._taps if jobs or any(one.changes_linears for one, *_ in extras) else []
@@ -161,7 +161,7 @@ class Layers:
 
     def adjust(self, group: Group, first: int, end: int, y: Tensor) -> None:
         """What DoRA and biases do to the stock result y [T, outs of parts first..end] before the products are added."""
-        for extras, start, stop in self._extras:
+        for extras, start, stop in self.extras:
             column = 0
             for part in range(first, end):
                 extras.adjust(group.index, part, y[start:stop, column : column + group.outs[part]])
@@ -169,7 +169,7 @@ class Layers:
 
     def _apply_embedding(self, ids: Tensor, y: Tensor) -> None:
         flat, rows = ids.reshape(-1), y.view(-1, y.shape[-1])
-        for extras, start, end in self._extras:
+        for extras, start, end in self.extras:
             if extras.embedding is not None:
                 extras.embedding.embed(flat[start:end], rows[start:end])
 
@@ -191,7 +191,8 @@ class _Whole:
         layers, group = self.layers, self.group
         rows, flat = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         layers.check_rows(rows.shape[0], group)
-        layers.adjust(group, 0, len(group.parts), flat)
+        if layers.extras:
+            layers.adjust(group, 0, len(group.parts), flat)
         for job in layers.jobs:
             if job.adapts(group.index):
                 job.add(group.index, 0, len(group.parts), rows, flat, None)
@@ -209,7 +210,8 @@ class _Part:
         if group.x is not x:
             layers.check_rows(rows.shape[0], group)
             group.x, group.left, group.products = x, len(group.parts), [None] * len(layers.jobs)
-        layers.adjust(group, part, part + 1, flat)
+        if layers.extras:
+            layers.adjust(group, part, part + 1, flat)
         for index, job in enumerate(layers.jobs):
             if job.adapts(group.index, part):
                 group.products[index] = job.add(group.index, part, part + 1, rows, flat, group.products[index])

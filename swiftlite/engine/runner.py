@@ -54,7 +54,11 @@ class Runner:
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
         self.num_blocks = self._size_cache()
         self.cache = KVCache(self.bridge.layers, self.num_blocks, config.block_size, dtype, device)
-        self.lora = LoraManager(self.model, config.max_lora_rank, memory=self._adapter_memory(), library=self.bridge.library)
+        kept = config.adapter_host_memory
+        if kept is None:
+            kept = int(available_memory() * ADAPTER_SHARE) if device.type == "cuda" else 0
+        memory, library = self._adapter_memory(), self.bridge.library
+        self.lora = LoraManager(self.model, config.max_lora_rank, memory=memory, host_memory=kept, library=library)
         self._pages: Callable[..., DevicePages] | None = None
         self._decode: DecodeGraphs | None = None
         if device.type == "cuda" and not plain:

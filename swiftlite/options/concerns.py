@@ -184,6 +184,7 @@ class EngineOptions:
     enforce_eager: bool = opt(False, "no CUDA graphs: each decode step is launched kernel by kernel")
     max_lora_rank: int = opt(512, "largest adapter rank that is accepted")
     adapter_memory: float | None = opt(None, "GiB for adapters' weights; more adapters take turns. Default: a tenth of what is free")
+    adapter_host_memory: float | None = opt(None, "GiB to keep adapters at hand that are not on the GPU. Default: a tenth of what is free")
     speculate_ngram: int = opt(
         0, "guess up to so many tokens a step from what the text repeats; greedy answers stay the same, come faster (0: off)"
     )
