@@ -103,6 +103,8 @@ def _train(
     model = load_model(
         resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register(), **_quantized(options, dtype)
     )
+    if options.quant_bits == 4 and device.type == "cpu":
+        _keep_layout(model)
     tuner: Any = Full(model, dtype, _freezing(options)) if full else _lora(options, model, start_from, resumed)
     loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None, options.label_smoothing_factor)
     if options.neftune_noise_alpha is not None:
@@ -381,6 +383,16 @@ def _quantized(options: Options, dtype: Any) -> dict[str, Any]:
             bnb_4bit_compute_dtype=dtype,
         )
     }
+
+
+def _keep_layout(model: Any) -> None:
+    """No packing for inference: bitsandbytes 0.50 packs at the first forward pass in eval mode, and a backward pass through
+    packed weights gives wrong gradients (norm 0.53 in place of 2.28) without an error."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _spec(options: Options) -> Any:
