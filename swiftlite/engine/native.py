@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = ("paged_attention.cpp", "fused.cpp", "lora.cpp")
-HEADERS = ("vectors.h", "steps.h")
+HEADERS = ("vectors.h", "steps.h", "attention.h", "attention_rows.h", "attention_tiles.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 
 
@@ -41,12 +41,15 @@ def load_library() -> ctypes.CDLL | None:
         return None
 
 
-def build(directory: Path | None = None) -> Path:
-    """Path of the compiled library, compiled now unless it is cached. Unavailable says why it cannot be."""
+def build(directory: Path | None = None, target: tuple[str, ...] = ()) -> Path:
+    """Path of the compiled library, compiled now unless it is cached. Unavailable says why it cannot be.
+
+    `target` are compiler flags for another instruction set than this machine's (tests).
+    """
     compiler = next(filter(None, (shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name)), None)
     if compiler is None:
         raise Unavailable("no C++ compiler: set CXX or install g++")
-    flags = [*FLAGS, "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"]
+    flags = [*FLAGS, *(target or ("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",))]
     here = Path(__file__).parent
     key = hashlib.sha256()
     for name in (*SOURCES, *HEADERS):
@@ -54,9 +57,9 @@ def build(directory: Path | None = None) -> Path:
     runtime = openmp_runtime()
     key.update("\0".join([compiler, _version(compiler), *flags, runtime or "", cpu_name()]).encode())
     folder = directory or cache_directory()
-    target = folder / f"kernels-{key.hexdigest()[:24]}.so"
-    if target.is_file():
-        return target
+    path = folder / f"kernels-{key.hexdigest()[:24]}.so"
+    if path.is_file():
+        return path
     with tempfile.TemporaryDirectory(dir=folder) as work:
         objects = []
         for name in SOURCES:
@@ -64,8 +67,8 @@ def build(directory: Path | None = None) -> Path:
             _run([compiler, *flags, "-c", str(here / name), "-o", objects[-1]])
         # Two OpenMP runtimes in one process would fight over the cores, so the one that torch brought is linked by its path.
         _run([compiler, "-shared", *objects, runtime or "-fopenmp", "-o", str(Path(work) / "kernels.so")])
-        os.replace(Path(work) / "kernels.so", target)
-    return target
+        os.replace(Path(work) / "kernels.so", path)
+    return path
 
 
 def _run(command: list[str]) -> None:

@@ -89,9 +89,9 @@ def pack_linears(model: nn.Module, shared_inputs: Sequence[Sequence[str]]) -> in
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[parameter.data_ptr()] = uses.get(parameter.data_ptr(), 0) + 1
-    names: dict[nn.Module, list[str]] = {}
+    names: dict[nn.Linear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear) and type(module) is nn.Linear:
             names.setdefault(module, []).append(name)
     plain = {
         found[0]: module
@@ -122,7 +122,7 @@ def _forget(weight: Tensor) -> None:
     Weights are views of the mapped checkpoint, and the mapping lives as long as any of them; without this, pages of replaced
     weights would stay resident and count as the process's memory.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not weight.is_contiguous():
         return
     first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages inside the weight: nobody else's
     length = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -139,8 +139,8 @@ def _is_stock(module: nn.Linear) -> bool:
 def _join_bias(linears: list[nn.Linear]) -> Tensor | None:
     if all(linear.bias is None for linear in linears):
         return None
-    parts = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
-    return torch.cat(parts)
+    parts: list[Tensor] = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+    return torch.cat(list(parts))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,0 +1,219 @@
+// Paged attention of one query and one KV head, all its query heads together (decode): each K and V row is read once.
+#pragma once
+#include "attention.h"
+
+namespace {
+
+template <class T>
+INLINE float dot(const T* x, const T* y, int dim) {
+    v16f acc = {};
+    int d = 0;
+    for (; d + 16 <= dim; d += 16) acc += load(x + d) * load(y + d);
+    float s = sum(acc);
+    for (; d < dim; d++) s += to_float(x[d]) * to_float(y[d]);
+    return s;
+}
+
+#ifdef __AVX512BF16__
+// Scores of R query heads (1, 2, 4, 8 or 16) against count keys (rows k; up to 15 pointers beyond are readable), 32 * DIM32 wide.
+template <int DIM32, int R>
+void scores_of(const bf16* const* q, const bf16* const* k, int count, float* s) {
+    constexpr int TOKENS = 16 / R;
+    for (int t = 0; t < count; t += TOKENS) {
+        v16f acc[16] = {};
+        for (int i = 0; i < DIM32; i++) {
+            __m512bh rows[R];
+            for (int r = 0; r < R; r++) rows[r] = (__m512bh)_mm512_loadu_si512(q[r] + 32 * i);
+            for (int j = 0; j < TOKENS; j++) {
+                const __m512bh key = (__m512bh)_mm512_loadu_si512(k[t + j] + 32 * i);
+                for (int r = 0; r < R; r++) acc[r * TOKENS + j] = (v16f)_mm512_dpbf16_ps((__m512)acc[r * TOKENS + j], rows[r], key);
+            }
+        }
+        float all[16];
+        store(all, sums(acc));
+        for (int r = 0; r < R; r++) memcpy(s + r * CHUNK + t, all + r * TOKENS, TOKENS * sizeof(float));
+    }
+}
+
+template <int DIM32>
+void scores_by_heads(const bf16* const* q, int group, const bf16* const* k, int count, float* s) {
+    int r = 0;
+    for (; r + 4 <= group; r += 4) scores_of<DIM32, 4>(q + r, k, count, s + r * CHUNK);
+    for (; r + 2 <= group; r += 2) scores_of<DIM32, 2>(q + r, k, count, s + r * CHUNK);
+    for (; r < group; r++) scores_of<DIM32, 1>(q + r, k, count, s + r * CHUNK);
+}
+
+bool fast_scores(const bf16* const* q, int group, const bf16* const* k, int count, float* s, int dim) {
+    switch (dim) {
+        case 64: scores_by_heads<2>(q, group, k, count, s); return true;
+        case 96: scores_by_heads<3>(q, group, k, count, s); return true;
+        case 128: scores_by_heads<4>(q, group, k, count, s); return true;
+        case 192: scores_by_heads<6>(q, group, k, count, s); return true;
+        case 256: scores_by_heads<8>(q, group, k, count, s); return true;
+        default: return false;
+    }
+}
+
+// acc[R][32 * N columns from d] += p[R][count] * v[count], p rounded to bfloat16; 2 | count
+template <int N, int R>
+INLINE void mix_pairs(float* acc, int stride, const bf16* p, const bf16* const* v, int d, int count, __m512i first, __m512i second) {
+    __m512 sums[R][2 * N];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < 2 * N; n++) sums[r][n] = _mm512_loadu_ps(acc + r * stride + d + 16 * n);
+    for (int t = 0; t < count; t += 2) {
+        __m512bh values[2 * N];
+        for (int n = 0; n < N; n++) {
+            const __m512i x = _mm512_loadu_si512(v[t] + d + 32 * n), y = _mm512_loadu_si512(v[t + 1] + d + 32 * n);
+            values[2 * n] = (__m512bh)_mm512_permutex2var_epi16(x, first, y);
+            values[2 * n + 1] = (__m512bh)_mm512_permutex2var_epi16(x, second, y);
+        }
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            memcpy(&pair, p + r * CHUNK + t, 4);
+            const __m512bh weight = (__m512bh)_mm512_set1_epi32(pair);
+            for (int n = 0; n < 2 * N; n++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], weight, values[n]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < 2 * N; n++) _mm512_storeu_ps(acc + r * stride + d + 16 * n, sums[r][n]);
+}
+
+template <int R>
+INLINE void mix_pairs_all(float* acc, int dim, const bf16* p, const bf16* const* v, int count) {
+    const __m512i first = _mm512_load_si512(INTERLEAVE), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    int d = 0;
+    if (R <= 2)
+        for (; d + 128 <= dim; d += 128) mix_pairs<4, R>(acc, dim, p, v, d, count, first, second);
+    for (; d + 64 <= dim; d += 64) mix_pairs<2, R>(acc, dim, p, v, d, count, first, second);
+    for (; d + 32 <= dim; d += 32) mix_pairs<1, R>(acc, dim, p, v, d, count, first, second);
+}
+
+bool fast_mix(float* acc, int dim, const float* p, int group, const bf16* const* v, int count, bf16* rounded_p) {
+    if (dim % 32) return false;
+    const int even = (count + 1) & ~1;  // the pointer beyond is readable and its weight is zero
+    for (int i = 0; i < group * CHUNK; i += CHUNK)
+        for (int t = 0; t < even; t += 16) store(rounded_p + i + t, load(p + i + t));
+    int r = 0;
+    for (; r + 4 <= group; r += 4) mix_pairs_all<4>(acc + r * dim, dim, rounded_p + r * CHUNK, v, even);
+    for (; r + 2 <= group; r += 2) mix_pairs_all<2>(acc + r * dim, dim, rounded_p + r * CHUNK, v, even);
+    for (; r < group; r++) mix_pairs_all<1>(acc + r * dim, dim, rounded_p + r * CHUNK, v, even);
+    return true;
+}
+#else
+bool fast_scores(const bf16* const*, int, const bf16* const*, int, float*, int) { return false; }
+bool fast_mix(float*, int, const float*, int, const bf16* const*, int, bf16*) { return false; }
+#endif
+bool fast_scores(const float* const*, int, const float* const*, int, float*, int) { return false; }
+bool fast_mix(float*, int, const float*, int, const float* const*, int, bf16*) { return false; }
+
+// acc[R][16 * N columns from d] += p[R][count] * v[count]
+template <class T, int N, int R>
+INLINE void mix(float* acc, int acc_stride, const float* p, const T* const* v, int d, int count) {
+    v16f sums[R][N];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) sums[r][n] = load(acc + r * acc_stride + d + 16 * n);
+    for (int t = 0; t < count; t++) {
+        v16f values[N];
+        for (int n = 0; n < N; n++) values[n] = load(v[t] + d + 16 * n);
+        for (int r = 0; r < R; r++) {
+            v16f weight = splat(p[r * CHUNK + t]);
+            for (int n = 0; n < N; n++) sums[r][n] += weight * values[n];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) store(acc + r * acc_stride + d + 16 * n, sums[r][n]);
+}
+
+template <class T, int R>
+INLINE void mix_all(float* acc, int dim, const float* p, const T* const* v, int count) {
+    int d = 0;
+    for (; d + 64 <= dim; d += 64) mix<T, 4, R>(acc, dim, p, v, d, count);
+    for (; d + 16 <= dim; d += 16) mix<T, 1, R>(acc, dim, p, v, d, count);
+    for (; d < dim; d++)
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < count; t++) acc[r * dim + d] += p[r * CHUNK + t] * to_float(v[t][d]);
+}
+
+template <class T>
+void run_rows(const Args& a, const Task& task, std::vector<float>& scratch) {
+    const int group = a.heads / a.kv_heads, dim = a.value_dim;
+    scratch.resize((size_t)group * (CHUNK + CHUNK / 2 + dim + 2) + 64);
+    float *s = scratch.data(), *acc = s + group * CHUNK, *maximum = acc + group * dim, *total = maximum + group;
+    bf16* rounded_p = (bf16*)(total + group);
+    std::fill(acc, acc + group * dim, 0.f);
+    std::fill(maximum, maximum + group, NEVER);
+    std::fill(total, total + group, 0.f);
+    std::vector<const T*> q(group);
+    for (int r = 0; r < group; r++) q[r] = (const T*)a.q + task.query * a.q_token + (task.head * group + r) * a.q_head;
+    const T *k[CHUNK + 16], *v[CHUNK + 16];
+    for (int begin = task.begin; begin < task.end; begin += CHUNK) {
+        const int count = std::min(CHUNK, task.end - begin);
+        fill_rows(a, task, begin, count, k, v);
+        for (int t = count; t < count + 16; t++) k[t] = k[count - 1], v[t] = v[count - 1];  // for steps of 16; weighed zero
+        if (!fast_scores(q.data(), group, k, count, s, a.key_dim))
+            for (int t = 0; t < count; t++)
+                for (int r = 0; r < group; r++) s[r * CHUNK + t] = dot(q[r], k[t], a.key_dim);
+        for (int r = 0; r < group; r++) {
+            float* row = s + r * CHUNK;
+            const int padded = (count + 15) & ~15;
+            for (int t = count; t < padded; t++) row[t] = -INFINITY;
+            v16f top = splat(NEVER);
+            for (int t = 0; t < padded; t += 16) {
+                v16f x = finish_scores(load(row + t), a);
+                if (t + 16 > count)
+                    for (int i = count - t; i < 16; i++) x[i] = -INFINITY;
+                store(row + t, x);
+                top = x > top ? x : top;
+            }
+            const float high = std::max(maximum[r], highest(top));
+            const float rescale = high == maximum[r] ? 1.f : std::exp(maximum[r] - high);
+            maximum[r] = high;
+            v16f part = {};
+            for (int t = 0; t < padded; t += 16) {
+                v16f x = exp16(load(row + t) - high);
+                store(row + t, x);
+                part += x;
+            }
+            total[r] = total[r] * rescale + sum(part);
+            if (rescale != 1.f)
+                for (int d = 0; d < dim; d++) acc[r * dim + d] *= rescale;
+        }
+        if (fast_mix(acc, dim, s, group, v, count, rounded_p)) continue;
+        int r = 0;
+        for (; r + 4 <= group; r += 4) mix_all<T, 4>(acc + r * dim, dim, s + r * CHUNK, v, count);
+        for (; r + 2 <= group; r += 2) mix_all<T, 2>(acc + r * dim, dim, s + r * CHUNK, v, count);
+        for (; r < group; r++) mix_all<T, 1>(acc + r * dim, dim, s + r * CHUNK, v, count);
+    }
+    for (int r = 0; r < group; r++) {
+        if (task.partial) {
+            float* to = task.partial + r * (dim + 2);
+            to[0] = maximum[r], to[1] = total[r];
+            std::copy(acc + r * dim, acc + (r + 1) * dim, to + 2);
+        } else {
+            T* out = (T*)a.out + ((int64_t)task.query * a.heads + task.head * group + r) * dim;
+            for (int d = 0; d < dim; d++) put(out + d, acc[r * dim + d] / total[r]);
+        }
+    }
+}
+
+// Merge the `parts` splits of one query and KV head.
+template <class T>
+void merge(const Args& a, const Task& first, int parts) {
+    const int group = a.heads / a.kv_heads, dim = a.value_dim;
+    for (int r = 0; r < group; r++) {
+        const float* from = first.partial + r * (dim + 2);
+        const int64_t step = (int64_t)group * (dim + 2);
+        float high = NEVER, total = 0;
+        for (int i = 0; i < parts; i++) high = std::max(high, from[i * step]);
+        std::vector<float> acc(dim, 0.f);
+        for (int i = 0; i < parts; i++) {
+            const float weight = std::exp(from[i * step] - high);
+            total += weight * from[i * step + 1];
+            for (int d = 0; d < dim; d++) acc[d] += weight * from[i * step + 2 + d];
+        }
+        T* out = (T*)a.out + ((int64_t)first.query * a.heads + first.head * group + r) * dim;
+        for (int d = 0; d < dim; d++) put(out + d, acc[d] / total);
+    }
+}
+
+}  // namespace
