@@ -78,8 +78,8 @@ class Writer:
 
 def mapped(folder: Path) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
     """(ids, mask, offsets) of a folder that a Writer filled. OSError or ValueError when it is not whole."""
-    offsets = np.load(folder / "offsets.npy")
-    arrays = []
+    offsets: NDArray[np.int64] = np.load(folder / "offsets.npy")
+    arrays: list[NDArray[Any]] = []
     for name, kind in (("ids.bin", np.int32), ("mask.bin", np.bool_)):
         count = (folder / name).stat().st_size // np.dtype(kind).itemsize
         if count != offsets[-1]:

@@ -140,7 +140,8 @@ def _row(sample: Sample, tokenizer: Any) -> str:
 def _settings(options: Options, args: Mapping[str, Any]) -> str:
     """What was chosen, by whom; flags left at their default are folded away."""
     decided = args["resolved"]
-    chosen, defaults = [], []
+    chosen: list[str] = []
+    defaults: list[str] = []
     for name in sorted({*options.values, *decided}):
         value, origin = options.values.get(name), options.origins.get(name, "default")
         if name in decided and (origin == "default" or value != decided[name]):
