@@ -19,6 +19,7 @@ SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 KINDS = {
     "plain": {"target_modules": "all-linear"},
     "patterns": {"target_modules": SOME, "rank": 3, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5}},
+    "wide": {"target_modules": ["k_proj", "o_proj", "gate_proj"], "rank": 512, "lora_alpha": 64},
     "dora": {"target_modules": SOME, "use_dora": True},
     "bias": {"target_modules": SOME, "lora_bias": True},
     "trained-bias": {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"},
