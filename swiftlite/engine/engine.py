@@ -9,6 +9,7 @@ It does not know HTTP, chat templates or training.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import itertools
 import json
 import random
@@ -63,6 +64,10 @@ class Engine:
         self.device = choose_device(device)
         own_dtype = self.model_config.dtype
         self.dtype = choose_dtype(dtype, self.device, None if own_dtype is None else str(own_dtype).removeprefix("torch."))
+        if config.max_num_batched_tokens is None:
+            # A CPU computes 256 tokens at a time as fast as 2048 (measured: within 7 %), and the shorter the step, the shorter the gap
+            # that an arriving prompt leaves in the running streams; a GPU needs the longer one to be busy.
+            self.config = config = dataclasses.replace(config, max_num_batched_tokens=512 if self.device.type == "cpu" else 2048)
         self.runner = Runner(model_dir, config, self.dtype, self.device)
         self.vocab_size = self.runner.vocab_size
         self.max_model_len = min(self.runner.max_model_len, self.runner.num_blocks * config.block_size)

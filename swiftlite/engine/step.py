@@ -71,6 +71,7 @@ class Stepper:
 
     def _new_scheduler(self) -> Scheduler:
         config = self.config
+        assert config.max_num_batched_tokens is not None, "the engine sets it"
         pool = BlockPool(self.model.num_blocks, config.block_size, config.enable_prefix_caching)
         return Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, config.speculate_ngram)
 

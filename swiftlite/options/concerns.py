@@ -176,7 +176,9 @@ class EngineOptions:
     infer_backend: str = opt("auto", "native (also pt, transformers), or vllm where it is installed", ("auto", "native", "vllm"))
     max_model_len: int | None = opt(None, "longest prompt plus answer; default: the model's limit, or what memory allows")
     max_num_seqs: int = opt(256, "requests that run at once")
-    max_num_batched_tokens: int = opt(2048, "token budget of one step (a longer prompt is prefilled in chunks)")
+    max_num_batched_tokens: int | None = opt(
+        None, "token budget of one step, a longer prompt is prefilled in chunks; default: 512 on CPU, 2048 on a GPU"
+    )
     block_size: int = opt(16, "tokens a KV block")
     enable_prefix_caching: bool = opt(True, "reuse the KV blocks of shared prompt beginnings")
     kv_cache_memory: float | None = opt(None, "GiB for the KV cache; default: from what is free")
