@@ -15,17 +15,17 @@ INLINE float dot(const T* x, const T* y, int dim) {
 }
 
 #ifdef __AVX512BF16__
-// Scores of R query heads (1, 2, 4, 8 or 16) against count keys (rows k; up to 15 pointers beyond are readable), 32 * DIM32 wide.
-template <int DIM32, int R>
-void scores_of(const bf16* const* q, const bf16* const* k, int count, float* s) {
+// Scores of R query heads (1, 2 or 4) against count keys (rows k; up to 15 pointers beyond are readable); 32 | dim.
+template <int R>
+void scores_of(const bf16* const* q, const bf16* const* k, int count, float* s, int dim) {
     constexpr int TOKENS = 16 / R;
     for (int t = 0; t < count; t += TOKENS) {
         v16f acc[16] = {};
-        for (int i = 0; i < DIM32; i++) {
+        for (int i = 0; i < dim; i += 32) {
             __m512bh rows[R];
-            for (int r = 0; r < R; r++) rows[r] = (__m512bh)_mm512_loadu_si512(q[r] + 32 * i);
+            for (int r = 0; r < R; r++) rows[r] = (__m512bh)_mm512_loadu_si512(q[r] + i);
             for (int j = 0; j < TOKENS; j++) {
-                const __m512bh key = (__m512bh)_mm512_loadu_si512(k[t + j] + 32 * i);
+                const __m512bh key = (__m512bh)_mm512_loadu_si512(k[t + j] + i);
                 for (int r = 0; r < R; r++) acc[r * TOKENS + j] = (v16f)_mm512_dpbf16_ps((__m512)acc[r * TOKENS + j], rows[r], key);
             }
         }
@@ -35,23 +35,13 @@ void scores_of(const bf16* const* q, const bf16* const* k, int count, float* s) 
     }
 }
 
-template <int DIM32>
-void scores_by_heads(const bf16* const* q, int group, const bf16* const* k, int count, float* s) {
-    int r = 0;
-    for (; r + 4 <= group; r += 4) scores_of<DIM32, 4>(q + r, k, count, s + r * CHUNK);
-    for (; r + 2 <= group; r += 2) scores_of<DIM32, 2>(q + r, k, count, s + r * CHUNK);
-    for (; r < group; r++) scores_of<DIM32, 1>(q + r, k, count, s + r * CHUNK);
-}
-
 bool fast_scores(const bf16* const* q, int group, const bf16* const* k, int count, float* s, int dim) {
-    switch (dim) {
-        case 64: scores_by_heads<2>(q, group, k, count, s); return true;
-        case 96: scores_by_heads<3>(q, group, k, count, s); return true;
-        case 128: scores_by_heads<4>(q, group, k, count, s); return true;
-        case 192: scores_by_heads<6>(q, group, k, count, s); return true;
-        case 256: scores_by_heads<8>(q, group, k, count, s); return true;
-        default: return false;
-    }
+    if (dim % 32) return false;
+    int r = 0;
+    for (; r + 4 <= group; r += 4) scores_of<4>(q + r, k, count, s + r * CHUNK, dim);
+    for (; r + 2 <= group; r += 2) scores_of<2>(q + r, k, count, s + r * CHUNK, dim);
+    for (; r < group; r++) scores_of<1>(q + r, k, count, s + r * CHUNK, dim);
+    return true;
 }
 
 // acc[R][32 * N columns from d] += p[R][count] * v[count], p rounded to bfloat16; 2 | count

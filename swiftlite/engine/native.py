@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = ("paged_attention.cpp", "fused.cpp", "lora.cpp")
@@ -61,10 +62,10 @@ def build(directory: Path | None = None, target: tuple[str, ...] = ()) -> Path:
     if path.is_file():
         return path
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        objects = []
-        for name in SOURCES:
-            objects.append(str(Path(work) / f"{name}.o"))
-            _run([compiler, *flags, "-c", str(here / name), "-o", objects[-1]])
+        objects = [str(Path(work) / f"{name}.o") for name in SOURCES]
+        commands = [[compiler, *flags, "-c", str(here / name), "-o", to] for name, to in zip(SOURCES, objects, strict=True)]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            list(pool.map(_run, commands))
         # Two OpenMP runtimes in one process would fight over the cores, so the one that torch brought is linked by its path.
         _run([compiler, "-shared", *objects, runtime or "-fopenmp", "-o", str(Path(work) / "kernels.so")])
         os.replace(Path(work) / "kernels.so", path)
