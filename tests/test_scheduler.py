@@ -339,3 +339,15 @@ def test_budget_smaller_than_the_seats_still_serves_all():
     requests = [world.add([i, i, i], answer=5) for i in range(6)]
     world.run()
     assert all(len(request.sequences[0].token_ids) == 8 for request in requests)
+
+
+def test_empty_slots_are_counted_once():
+    world = World(num_blocks=40, budget=64)
+    world.add(list(range(5)), answer=6)
+    world.step()
+    assert world.scheduler.count_slots() == (8, 3)
+    world.add(list(range(10, 16)), answer=6, n=4)
+    world.step(lambda seq: seq.index)
+    assert world.scheduler.count_slots() == (8 + 8, 2 + 2), "four siblings share one half-filled block"
+    world.run(token=lambda seq: seq.index)
+    assert world.scheduler.count_slots() == (0, 0)
