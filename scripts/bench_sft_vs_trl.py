@@ -25,8 +25,8 @@ def ours(model: Path, rows: Path, packing: bool, steps: int, work: Path) -> dict
         sys.executable, "-m", "swiftlite.cli", "sft", "--model", model, "--dataset", rows, "--torch_dtype", "bfloat16", "--lora_rank", "16",
         "--lora_alpha", "32", "--target_modules", "all-linear", "--per_device_train_batch_size", BATCH, "--packing", packing,
         "--gradient_accumulation_steps", "1", "--max_steps", steps, "--max_length", "512", "--learning_rate", "1e-4",
-        "--logging_steps", "1", "--save_steps", "100000", "--split_dataset_ratio", "0", "--gradient_checkpointing", "false", "--save_only_model", "true",
-        "--report_to", "none", "--add_version", "false", "--output_dir", out,
+        "--logging_steps", "1", "--save_steps", "100000", "--split_dataset_ratio", "0", "--gradient_checkpointing", "false",
+        "--save_only_model", "true", "--report_to", "none", "--add_version", "false", "--output_dir", out,
     ]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
     log = [json.loads(line) for line in (out / "logging.jsonl").read_text().splitlines()]

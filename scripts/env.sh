@@ -14,4 +14,5 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   $pip torch==2.13.0 2> >(grep -v WARNING >&2) && $pip -e "$root${extra:+[$extra]}" 2> >(grep -v WARNING >&2) || { echo "set-up failed: see pip's message above" >&2; exit 1; }
   echo "$wanted" > "$stamp"
 fi
-export PATH="$venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+# Small models on a shared machine: a thread that waits gives its core away instead of spinning.
+export PATH="$venv/bin:$PATH" TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
