@@ -9,7 +9,8 @@ usage: bench_lora.py MODEL [--adapters DIR ...] [--many DIR] [--json FILE] [--on
   memory   resident memory before adapters, with them, and after they are unloaded
 
 MODEL-lora0 ... (scripts/peers/make_model.py MODEL 8) are used when --adapters is not given. `many` writes its adapters (rank 8 on
-q and v, 2.3 MB each for the benchmark model) into --many once. Run on a quiet machine; ratios of one run count.
+q and v, 2.3 MB each for the benchmark model) into --many once. Run on a quiet machine; ratios of one run count. TORCH_DTYPE sets the
+arithmetic (default: chosen as everywhere).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from swiftlite.engine.engine import Engine
 from swiftlite.engine.request import SamplingParams
 
 COUNT, FEW, RANK = 2000, 5, 8
+DTYPE = os.environ.get("TORCH_DTYPE", "auto")
 
 
 def greedy(tokens: int) -> SamplingParams:
@@ -46,7 +48,7 @@ def resident() -> int:
 
 
 def start(model: str, **config: Any) -> Engine:
-    return Engine(model, EngineConfig(**{"enable_prefix_caching": False, "max_model_len": 2048, **config}))
+    return Engine(model, EngineConfig(**{"enable_prefix_caching": False, "max_model_len": 2048, **config}), dtype=DTYPE)
 
 
 def load(model: str, adapters: list[str], repeats: int = 3) -> dict[str, float]:

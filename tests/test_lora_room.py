@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import threading
 import time
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.engine import Engine
-from swiftlite.errors import AdapterError
+from swiftlite.errors import AdapterError, RequestError
 
 COUNT = 6
 
@@ -213,3 +214,55 @@ def test_removed_adapters_leave_no_prefix_behind(build, adapters) -> None:
     started = time.monotonic()
     engine.add_adapter("a", adapters[0])
     assert engine.generate(prompt, greedy(), adapter="a")[0].num_cached_tokens == 0 and time.monotonic() - started < 10
+
+
+def test_everything_at_once(build, adapters, expected) -> None:
+    """Names come, go and flip while requests for all of them run, end and are aborted, in memory for two: right tokens or a clear no."""
+    probe = build()
+    engine = build(adapter_memory=2 * size_of(probe, adapters[0]) + 100, max_num_seqs=6)
+    stop, problems, answered = threading.Event(), [], []
+
+    def change(seed: int) -> None:
+        generator = random.Random(seed)
+        while not stop.is_set():
+            index = generator.randrange(COUNT)
+            try:
+                if generator.random() < 0.3:
+                    engine.remove_adapter(f"a{index}")
+                else:
+                    generator.choice((engine.add_adapter, engine.register_adapter))(f"a{index}", adapters[index])
+            except RequestError:
+                continue
+            time.sleep(0.002)
+
+    def ask(seed: int) -> None:
+        generator = random.Random(seed)
+        while not stop.is_set():
+            index = generator.choice([None, *range(COUNT)])
+            try:
+                stream = engine.submit(PROMPTS[2], greedy(), adapter=None if index is None else f"a{index}")
+            except RequestError:
+                continue
+            if generator.random() < 0.2:
+                stream.abort()
+            output = stream.result().outputs[0]
+            if output.finish_reason == "length":
+                answered.append(index)
+            if output.finish_reason not in ("length", "abort") or (
+                index is not None and output.token_ids != expected[index][: len(output.token_ids)]
+            ):
+                problems.append((index, stream.result().error, output.token_ids))
+
+    threads = [threading.Thread(target=change, args=(seed,)) for seed in range(2)]
+    threads += [threading.Thread(target=ask, args=(seed,)) for seed in range(10, 18)]
+    for thread in threads:
+        thread.start()
+    time.sleep(4)
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "somebody waits for ever"
+    assert not problems and len(set(answered)) == COUNT + 1
+    for name in [info.name for info in engine.adapters() if info.state == "ready"]:
+        engine.remove_adapter(name)
+    wait_until(lambda: engine.adapters() == [] and engine.runner.lora.store.stacks == {})
