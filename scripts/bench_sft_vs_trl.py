@@ -78,7 +78,8 @@ def main() -> None:
     text = "\n".join([
         title, "",
         f"{datetime.date.today()}, {cpu_name()}, {len(os.sched_getaffinity(0))} cores, bfloat16, LoRA r=16 on all linears, "
-        f"Qwen3-0.6B's shape, 4 rows a step (mean 158 tokens), no gradient checkpointing. Best of {args.rounds} rounds of {args.steps} steps, in turn.",
+        f"Qwen3-0.6B's shape, 4 rows a step (mean 158 tokens), no gradient checkpointing. "
+        f"Best of {args.rounds} rounds of {args.steps} steps, in turn.",
         "Command: `python scripts/bench_sft_vs_trl.py WORK_DIR`", "", *lines, "",
     ])  # fmt: skip
     print(text)

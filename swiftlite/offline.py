@@ -61,7 +61,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, through the model's chat template."""
         template = self.template
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         params = sampling_params or SamplingParams()
         params = dataclasses.replace(params, stop_token_ids=[*params.stop_token_ids, *template.stop_ids])
         return self.engine.generate([template.encode_prompt(one, **template_options) for one in conversations], params, adapter)

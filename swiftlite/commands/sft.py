@@ -59,7 +59,6 @@ def _train(
     from swiftlite.chat.template import Template
     from swiftlite.models.device import TORCH_DTYPES, choose_dtype
     from swiftlite.models.loading import load_config, load_tokenizer
-    from swiftlite.train.batches import learnable
     from swiftlite.train.plan import Plan, Schedule
 
     config = load_config(model_dir)
@@ -69,7 +68,6 @@ def _train(
     template = Template.load(model_dir, tokenizer, name=options.template, system=options.system)
     max_length = _max_length(options, config)
     samples, evaluation, report = _rows(options, template, max_length)
-    samples, evaluation = [s for s in samples if learnable(s)], [s for s in evaluation if learnable(s)]
     if not samples:
         raise DataError("no row is left to train on", "every row was dropped; the table says why", "check --dataset and --max_length")
 
@@ -299,7 +297,7 @@ def _max_length(options: Options, config: Any) -> int:
     return min(options.max_length, limit)
 
 
-def _rows(options: Options, template: Any, max_length: int) -> tuple[list[Any], list[Any], str]:
+def _rows(options: Options, template: Any, max_length: int) -> tuple[Sequence[Any], Sequence[Any], str]:
     from swiftlite.data.loading import load_training
 
     began = time.perf_counter()

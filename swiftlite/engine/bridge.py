@@ -105,8 +105,8 @@ class Pages:
         if self.native is not None:
             return self.native.attend(layer, q, k, v)
         if self.batch.pages is not None:
-            rows = (x.transpose(0, 1) for x in (q, k, v))
-            return self.batch.pages.attend(*rows, self.batch.slots, self.cache, layer)
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            return self.batch.pages.attend(q, k, v, self.batch.slots, self.cache, layer)
         self.cache.store(layer.index, k.transpose(0, 1), v.transpose(0, 1), self.batch.slots)
         keys, values = self.cache.keys[layer.index], self.cache.values[layer.index]
         return paged_attention(q.transpose(0, 1), keys, values, self.batch.sequences, layer)

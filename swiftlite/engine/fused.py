@@ -12,6 +12,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +171,7 @@ def _fuse_norm(module: nn.Module, kernels: Kernels) -> Norm | None:
     return None
 
 
-def _fuse_gate(module: nn.Module, kernels: Kernels, dtype: torch.dtype) -> bool:
+def _fuse_gate(module: Any, kernels: Kernels, dtype: torch.dtype) -> bool:
     gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
     if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear)):
         return False

@@ -7,8 +7,9 @@ keys would disagree: one set is chosen at load, from max_model_len, and frozen.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -58,7 +59,7 @@ def _rope_kinds(config) -> dict[str | None, dict]:
     return {name: own for name, own in parameters.items() if own}
 
 
-def _freeze_longrope(module: nn.Module, layer_type: str | None, use_long: bool, original: int) -> None:
+def _freeze_longrope(module: Any, layer_type: str | None, use_long: bool, original: int) -> None:
     prefix = "" if layer_type is None else f"{layer_type}_"
     if use_long:
         buffer = module.get_buffer(f"{prefix}inv_freq")

@@ -151,8 +151,8 @@ class Runner:
             adapters.append((scheduled[members[0]].seq.adapter, len(ids) - first_row))
         rows = [row for index in range(len(scheduled)) for row in wanted[index]]
         pages = None if self._pages is None else self._pages(slices, len(ids), self.device)
-        return ForwardBatch(*(torch.tensor(values, dtype=torch.int64, device=self.device) for values in (ids, positions, slots)),
-                            slices, torch.tensor(rows, dtype=torch.int64, device=self.device), adapters, pages)  # fmt: skip
+        flat = [torch.tensor(values, dtype=torch.int64, device=self.device) for values in (ids, positions, slots, rows)]
+        return ForwardBatch(flat[0], flat[1], flat[2], slices, flat[3], adapters, pages)
 
     def execute(self, scheduled: list[Scheduled]) -> Tensor:
         """Run one step. Returns logits [S, V]: for each item, in order, those of its last `rows` tokens."""

@@ -77,7 +77,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            return tokenizer
     except Exception as error:
         present = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"))
         why = str(error).split("\n")[0] if present else "it has no tokenizer.json"
@@ -125,10 +126,11 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, atten
         config.quantization_config = {**quantization, "dequantize": True}
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, dtype=dtype, device_map=None if device.type == "cpu" else {"": device},
                 attn_implementation=attention, trust_remote_code=False, local_files_only=True, output_loading_info=True, **kwargs,
             )  # fmt: skip
+        model, report = loaded
     except ModelError:
         raise
     except KeyError as error:

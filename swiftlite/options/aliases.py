@@ -87,7 +87,10 @@ VALUES: dict[str, dict[str, str]] = {
     "loss_scale": {"default+ignore_empty_think": "ignore_empty_think"},
     "lr_scheduler_type": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "optim": {
-        "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw_8bit",
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_hf": "adamw",
+        "adamw_bnb_8bit": "adamw_8bit",
         "paged_adamw_8bit": "adamw_8bit",
     },
     "init_weights": {"True": "true", "False": "false"},

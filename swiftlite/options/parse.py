@@ -14,6 +14,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,13 @@ class Flag:
     """One flag as the parser needs it."""
 
     name: str
-    type: type
+    kind: Callable[[str], Any]
     many: bool
     optional: bool
     default: Any
     help: str
     choices: tuple[str, ...]
-    concern: type
+    concern: type[Any]
 
 
 def flags_of(command: str) -> dict[str, Flag]:
@@ -152,12 +153,12 @@ def build_parser(command: str, flags: dict[str, Flag]) -> argparse.ArgumentParse
         group = parser.add_argument_group((concern.__doc__ or concern.__name__).splitlines()[0].rstrip("."))
         for flag in (f for f in flags.values() if f.concern is concern):
             default = " ".join(map(str, flag.default)) if flag.many else flag.default
-            shown = "" if flag.default in (None, (), "") else f" [{str(default).lower() if flag.type is bool else default}]"
+            shown = "" if flag.default in (None, (), "") else f" [{str(default).lower() if flag.kind is bool else default}]"
             kwargs: dict[str, Any] = {"help": (flag.help + shown).replace("%", "%%"), "dest": flag.name}
-            if flag.type is bool:
+            if flag.kind is bool:
                 kwargs |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
             else:
-                kwargs |= {"type": flag.type, "metavar": flag.name.rsplit("_", 1)[-1].upper()}
+                kwargs |= {"type": flag.kind, "metavar": flag.name.rsplit("_", 1)[-1].upper()}
                 if flag.choices:
                     kwargs |= {"choices": flag.choices, "metavar": "|".join(flag.choices)}
                 if flag.many:

@@ -47,9 +47,9 @@ def inherit(options: Options, directory: str | Path) -> list[str]:
             continue
         flag = flags[name]
         value = (
-            tuple(map(flag.type, value))
+            tuple(map(flag.kind, value))
             if flag.many
-            else flag.type(VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value)
+            else flag.kind(VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value)
         )
         options.set(name, value, str(directory))
         lines.append(f"{name} = {value!r} (from {directory})")

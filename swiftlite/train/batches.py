@@ -40,13 +40,8 @@ class Batch:
         return len(self.labels)
 
 
-def learnable(sample: Sample) -> bool:
-    """Whether any target follows another token (a row's first token is predicted by nothing)."""
-    return bool(sample.mask[1:].any())
-
-
 def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
-    """Rows (each `learnable`) -> Batch on `device`."""
+    """Rows, each with a target after its first token, -> Batch on `device`."""
     ids, positions, keep, labels, lengths, start = [], [], [], [], [], 0
     for sample in samples:
         targets = np.flatnonzero(sample.mask[1:]) + 1
