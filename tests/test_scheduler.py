@@ -14,9 +14,10 @@ import pytest
 
 from swiftlite.engine.beam import BeamSearch
 from swiftlite.engine.blocks import BlockPool
-from swiftlite.engine.request import Request, SamplingParams, Sequence
+from swiftlite.engine.request import SamplingParams
 from swiftlite.engine.sampler import SamplingState
 from swiftlite.engine.scheduler import PROMPT_LOGPROBS_CHUNK, Scheduler
+from swiftlite.engine.sequence import Request, Sequence
 from swiftlite.engine.spec import NgramIndex, count_accepted
 
 BLOCK = 4

@@ -21,8 +21,6 @@ from swiftlite.errors import CheckpointError, DataError, UsageError
 from swiftlite.options.parse import Options, flags_of
 from swiftlite.options.resolve import as_json, inherit
 
-PLAIN = (False, "none", "true", False)  # LoRA without --use_dora, --lora_bias, --init_weights, all-embedding
-
 
 def main(options: Options) -> int:
     """Train, in several processes where NPROC_PER_NODE says so; 0 when done or ended by SIGTERM after saving, 130 after Ctrl-C."""
@@ -89,7 +87,7 @@ def _train(
 
     from swiftlite.models.loading import load_model
     from swiftlite.models.segments import register
-    from swiftlite.train import neftune
+    from swiftlite.train import build, neftune
     from swiftlite.train.full import Full, write_generation_config
     from swiftlite.train.loop import LoopSettings, Trainer, closing
     from swiftlite.train.loss import TargetLoss
@@ -99,18 +97,18 @@ def _train(
     torch.manual_seed(options.seed)
     began = time.perf_counter()
     model = load_model(
-        resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register(), **_quantized(options, dtype)
+        resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register(), **build.quantized(options, dtype)
     )
     if options.quant_bits == 4 and device.type == "cpu":
-        _keep_layout(model)
-    tuner: Any = Full(model, dtype, _freezing(options)) if full else _lora(options, model, start_from, resumed)
+        build.keep_layout(model)
+    tuner: Any = Full(model, dtype, build.freezing(options)) if full else build.lora(options, model, start_from, resumed)
     loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None, options.label_smoothing_factor)
     if options.neftune_noise_alpha is not None:
         neftune.attach(model, options.neftune_noise_alpha)
     trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))
     ready = time.perf_counter() - began
     print(f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {ready:.1f} s")
-    _checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained, ranks)
+    build.checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained, ranks)
 
     from swiftlite.train import checkpoint, folder
     from swiftlite.train.log import Logbook, Silent
@@ -327,107 +325,6 @@ def _fingerprint(samples: Sequence[Any]) -> str:
         digest.update(sample.ids.tobytes())
         digest.update(sample.mask.tobytes())
     return digest.hexdigest()
-
-
-# -- model -------------------------------------------------------------------------------------------------------------
-
-
-def _lora(options: Options, model: Any, start_from: Path | None, resumed: Path | None) -> Any:
-    from swiftlite.train.lora import Lora, LoraSpec
-
-    source = resumed or start_from
-    embeddings = "all-embedding" in options.target_modules
-    if options.quant_bits and source is not None:  # PEFT knows quantized linears
-        from swiftlite.train.peft_lora import PeftLora
-
-        return PeftLora.read(model, source)
-    variant = options.use_dora, options.lora_bias, options.init_weights, embeddings
-    if source is not None and variant == PLAIN and not LoraSpec.is_plain(source):
-        from swiftlite.train.peft_lora import PeftLora
-
-        print(f"adapter from {source}: its own settings, through PEFT")
-        return PeftLora.read(model, source)
-    if variant != PLAIN or options.quant_bits:
-        from swiftlite.train.peft_lora import PeftLora, Variant
-
-        if start_from is not None:
-            raise UsageError("an adapter that is trained on keeps its own kind", fix="leave out the flags that choose one, or --adapters")
-        print("adapter: through PEFT's own layers, slower than plain LoRA")
-        return PeftLora(model, _spec(options), Variant(*variant))
-    if source is not None:
-        spec = LoraSpec.read(source)
-        print(f"adapter from {source}: rank {spec.rank}, alpha {spec.alpha:g} (its own settings)")
-    else:
-        spec = _spec(options)
-    lora = Lora(model, spec)
-    if source is not None:
-        lora.load(source)
-    return lora
-
-
-def _quantized(options: Options, dtype: Any) -> dict[str, Any]:
-    """QLoRA (arXiv 2305.14314): NF4 with doubly quantized scales, products in the run's dtype."""
-    if not options.quant_bits:
-        return {}
-    from transformers import BitsAndBytesConfig
-
-    four = options.quant_bits == 4
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=four,
-            load_in_8bit=not four,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    }
-
-
-def _keep_layout(model: Any) -> None:
-    """No packing for inference: bitsandbytes 0.50 packs at the first forward pass in eval mode, and a backward pass through
-    packed weights gives wrong gradients (norm 0.53 in place of 2.28) without an error."""
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _spec(options: Options) -> Any:
-    from swiftlite.train.lora import LoraSpec
-
-    return LoraSpec(
-        options.lora_rank, options.lora_alpha, options.lora_dropout, options.use_rslora, options.target_modules, options.modules_to_save
-    )
-
-
-def _freezing(options: Options) -> Any:
-    from swiftlite.train.full import Freezing
-
-    settings = options.freeze_parameters_ratio, options.freeze_parameters_regex, options.trainable_parameters_regex
-    return None if settings == (0.0, None, None) else Freezing(*settings)
-
-
-def _checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[Any], trained: int, ranks: Any) -> None:
-    """Decide on gradient checkpointing; says why."""
-    from swiftlite.train import memory
-    from swiftlite.train.batches import collate
-    from swiftlite.train.loss import CHUNK_BYTES
-
-    on, reason = options.gradient_checkpointing, "as asked"
-    if on is None:
-        batch = collate(largest[:1], loss.device)
-        tokens = sum(len(sample.ids) for sample in largest)
-        model.train()
-        kept = memory.kept_bytes(model, lambda: loss(batch)[0]) / batch.input_ids.shape[1] * tokens
-        logits = 4 * sum(int(sample.mask.sum()) for sample in largest) * model.config.get_text_config().vocab_size
-        need = kept + 12 * trained + 3 * min(CHUNK_BYTES, logits)  # gradients and two moments in float32; the loss's chunk
-        free = memory.free(loss.device) // (ranks.local_world if loss.device.type == "cpu" else 1)
-        on = need > 0.9 * free
-        reason = f"the largest pass of {tokens} tokens needs about {need / memory.GB:.2g} GB, {free / memory.GB:.1f} GB are free"
-    if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    print(f"gradient checkpointing: {'on' if on else 'off'} ({reason})")
 
 
 # -- after -------------------------------------------------------------------------------------------------------------

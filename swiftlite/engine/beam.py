@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swiftlite.engine.request import Request, Sequence, TokenLogprob
+from swiftlite.engine.request import TokenLogprob
+from swiftlite.engine.sequence import Request, Sequence
 
 if TYPE_CHECKING:
     from swiftlite.engine.detok import Detokenizer

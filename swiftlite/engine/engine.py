@@ -24,11 +24,13 @@ from swiftlite.engine.beam import BeamSearch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.detok import Decoder, Detokenizer
 from swiftlite.engine.loop import StepLoop, shut_down
-from swiftlite.engine.request import Request, RequestOutput, SamplingParams, Sequence
+from swiftlite.engine.request import RequestOutput, SamplingParams
 from swiftlite.engine.runner import Runner
 from swiftlite.engine.sampler import SamplingState
+from swiftlite.engine.sequence import Request, Sequence
+from swiftlite.engine.signal import Signal
 from swiftlite.engine.spec import NgramIndex
-from swiftlite.engine.stream import Signal, Stream
+from swiftlite.engine.stream import Stream
 from swiftlite.errors import AdapterError, ModelError, RequestError
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.request import Request
 from swiftlite.engine.scheduler import Scheduler
+from swiftlite.engine.sequence import Request
+from swiftlite.engine.signal import wake
 from swiftlite.engine.step import Model, Stepper
-from swiftlite.engine.stream import wake
 from swiftlite.errors import OverloadError, RequestError
 
 if TYPE_CHECKING:

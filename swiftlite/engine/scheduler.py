@@ -26,7 +26,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from swiftlite.engine.blocks import BlockPool
-from swiftlite.engine.request import Sequence
+from swiftlite.engine.sequence import Sequence
 
 PROMPT_LOGPROBS_CHUNK = 256  # prompt tokens whose whole logits rows are held at once
 

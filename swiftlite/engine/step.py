@@ -20,11 +20,12 @@ from torch import Tensor
 
 from swiftlite.engine.blocks import BlockPool
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.request import Request, Sequence, TokenLogprob
+from swiftlite.engine.request import TokenLogprob
 from swiftlite.engine.sampler import Sampler, token_logprobs
 from swiftlite.engine.scheduler import Scheduled, Scheduler
+from swiftlite.engine.sequence import Request, Sequence
+from swiftlite.engine.signal import Signal, wake
 from swiftlite.engine.spec import count_accepted
-from swiftlite.engine.stream import Signal, wake
 
 logger = logging.getLogger("swiftlite.engine")
 NOT_FINITE = "the model's logits are not finite (NaN or infinite)"
