@@ -1,14 +1,10 @@
 // Adapters of a batch on a CPU: y[row] += B (A x[row]) with each row's own A and B, all segments in one call, and the packing of
 // adapter files into that layout. A is [ranks of all parts, in], B is [rank, out] per part; both lie in a slot of a Stack
 // (lora_ops.py). h, the A product, is rounded to the model's dtype; everything else is summed in fp32. lora_native.py calls.
-#include <cmath>
+#include <atomic>
 #include <vector>
 
 #include "vectors.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace {
 
@@ -177,9 +173,18 @@ void expand(T* y, int64_t y_stride, const T* h, int64_t h_stride, const T* b, in
         }
 }
 
-struct Range {
-    int64_t from, to;
-    Range(int64_t units, int thread, int threads) : from(units * thread / threads), to(units * (thread + 1) / threads) {}
+// Units of work, taken in pieces by whoever is free: a thread that comes late or is interrupted does not keep the others waiting.
+struct Work {
+    std::atomic<int64_t> next{0};
+    int64_t units, piece;
+    Work(int64_t count, int threads) : units(count), piece(count / (4 * threads) > 1 ? count / (4 * threads) : 1) {}
+    template <class Do>
+    void run(Do&& one) {
+        for (int64_t from; (from = next.fetch_add(piece)) < units;) {
+            const int64_t to = from + piece < units ? from + piece : units;
+            for (int64_t unit = from; unit < to; unit++) one(unit);
+        }
+    }
 };
 
 INLINE int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -199,10 +204,10 @@ void run(const Args& args) {
             if (entry.rank(p)) pieces[s] += (int)blocks(args.outs[2 * p + 1], COLUMNS);
         expands[s + 1] = expands[s] + blocks(rows, ROW_BLOCK) * pieces[s];
     }
-    const auto worker = [&](int thread, int threads, auto&& barrier) {
-        const Range first(shrinks[n], thread, threads);
+    Work first(shrinks[n], args.threads), second(expands[n], args.threads);
+    const auto worker = [&](auto&& barrier) {
         int s = 0;
-        for (int64_t unit = first.from; unit < first.to; unit++) {
+        first.run([&](int64_t unit) {
             while (unit >= shrinks[s + 1]) s++;
             const int64_t* segment = args.segments + 3 * s;
             const Entry entry{(const int64_t*)segment[0] + args.entry};
@@ -213,11 +218,10 @@ void run(const Args& args) {
             const int rows = (int)(end - row < row_block ? end - row : row_block);
             shrink((T*)args.h + row * args.h_stride + rank, args.h_stride, (const T*)args.x + row * args.x_stride, args.x_stride,
                    (const T*)entry.a() + (int64_t)rank * args.width, args.width, rows, wide || left < 4 ? left : 4);
-        }
+        });
         barrier();
-        const Range second(expands[n], thread, threads);
         s = 0;
-        for (int64_t unit = second.from; unit < second.to; unit++) {
+        second.run([&](int64_t unit) {
             while (unit >= expands[s + 1]) s++;
             const int64_t* segment = args.segments + 3 * s;
             const Entry entry{(const int64_t*)segment[0] + args.entry};
@@ -234,18 +238,18 @@ void run(const Args& args) {
                    (const T*)args.h + row * args.h_stride + entry.start(part), args.h_stride, (const T*)entry.b(part) + column, out,
                    (int)(end - row < ROW_BLOCK ? end - row : ROW_BLOCK), (int)(out - column < COLUMNS ? out - column : COLUMNS),
                    entry.rank(part));
-        }
+        });
     };
 #ifdef _OPENMP
     if (args.threads > 1) {
 #pragma omp parallel num_threads(args.threads)
-        worker(omp_get_thread_num(), omp_get_num_threads(), [] {
+        worker([] {
 #pragma omp barrier
         });
         return;
     }
 #endif
-    worker(0, 1, [] {});
+    worker([] {});
 }
 
 INLINE bool is_finite(float x) {
