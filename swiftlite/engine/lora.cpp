@@ -134,6 +134,46 @@ INLINE void expand_tile(float* tile, const bf16* h, int64_t h_stride, const bf16
 }
 #endif
 
+#ifdef __AVX512BF16__
+// y[rows][32] += h[rows][ranks] b[ranks][32] without a tile between; ranks <= CHUNK
+template <int PAIRS>
+INLINE void expand_rows(bf16* y, int64_t y_stride, const bf16* h, int64_t h_stride, const bf16* b, int64_t out, int rows, int ranks) {
+    __m512bh low[PAIRS], high[PAIRS];
+    for (int p = 0; p < PAIRS; p++) {
+        const __m512i even = _mm512_loadu_si512(b + 2 * p * out);
+        const __m512i odd = 2 * p + 1 < ranks ? _mm512_loadu_si512(b + (2 * p + 1) * out) : _mm512_setzero_si512();
+        low[p] = (__m512bh)interleave(even, odd, false), high[p] = (__m512bh)interleave(even, odd, true);
+    }
+    const int32_t last = ranks % 2 ? 0xffff : -1;  // the next column of h belongs to another part
+    for (int m = 0; m < rows; m++) {
+        __builtin_prefetch(y + m * y_stride + 64, 1);  // two tiles on: rows lie too far apart for the hardware to see
+        __m512 first = (__m512)load(y + m * y_stride), second = (__m512)load(y + m * y_stride + 16);
+        for (int p = 0; p < PAIRS; p++) {
+            int32_t pair;
+            memcpy(&pair, h + m * h_stride + 2 * p, 4);
+            if (p == PAIRS - 1) pair &= last;
+            const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
+            first = _mm512_dpbf16_ps(first, factor, low[p]), second = _mm512_dpbf16_ps(second, factor, high[p]);
+        }
+        const __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
+        memcpy(y + m * y_stride, &rounded, 64);
+    }
+}
+
+bool expand_at_once(bf16* y, int64_t y_stride, const bf16* h, int64_t h_stride, const bf16* b, int64_t out, int rows, int ranks) {
+    switch (ranks) {
+        case 1: case 2: expand_rows<1>(y, y_stride, h, h_stride, b, out, rows, ranks); return true;
+        case 3: case 4: expand_rows<2>(y, y_stride, h, h_stride, b, out, rows, ranks); return true;
+        case 7: case 8: expand_rows<4>(y, y_stride, h, h_stride, b, out, rows, ranks); return true;
+        case 15: case 16: expand_rows<8>(y, y_stride, h, h_stride, b, out, rows, ranks); return true;
+        default: return false;
+    }
+}
+#else
+bool expand_at_once(bf16*, int64_t, const bf16*, int64_t, const bf16*, int64_t, int, int) { return false; }
+#endif
+bool expand_at_once(float*, int64_t, const float*, int64_t, const float*, int64_t, int, int) { return false; }
+
 template <class T>
 void expand_chunk(float* tile, const T* h, int64_t h_stride, const T* b, int64_t out, int rows, int ranks) {
     switch ((ranks + 1) / 2) {
@@ -154,6 +194,7 @@ void expand(T* y, int64_t y_stride, const T* h, int64_t h_stride, const T* b, in
     alignas(64) float tile[ROW_BLOCK * 32];
     int c = 0;
     for (; c + 32 <= columns; c += 32) {
+        if (expand_at_once(y + c, y_stride, h, h_stride, b + c, out, rows, rank)) continue;
         for (int m = 0; m < rows; m++) {
             store(tile + m * 32, load(y + m * y_stride + c));
             store(tile + m * 32 + 16, load(y + m * y_stride + c + 16));
