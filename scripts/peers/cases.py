@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 VOCABULARY = 8000  # token ids are drawn from the tokenizer's real part
 
@@ -60,7 +60,15 @@ def arguments() -> dict:
     return json.loads(sys.argv[1])
 
 
+def peak_kib(pid: str) -> int:
+    """Peak memory of a process and its children (vLLM's engine is one), in KiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    own = int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM:" in status else 0
+    children = {child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()}
+    return own + sum(map(peak_kib, children))
+
+
 def report(out: str, first: float, rows: list[dict[str, float]]) -> None:
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = peak_kib("self") / 2**20
     with open(out, "w") as file:
         json.dump({"start_to_first_token_s": first, "peak_memory_gb": memory, "cases": rows}, file)
