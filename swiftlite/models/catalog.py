@@ -1,7 +1,7 @@
 """SWIFT's model_type names -> (ModelScope id, Hugging Face id).
 
-A table of data: add a line to add a name. Models that transformers no longer runs without remote code (qwen-7b, chatglm3,
-baichuan2, internlm2) are listed with the successor to suggest in `SUCCESSORS`; we run no remote code.
+A table of data: add a line to add a name. qwen-7b, chatglm3, baichuan2 and internlm2 are remote-code models that transformers no
+longer runs; their names resolve, and loading refuses them, because we run no remote code.
 """
 
 from __future__ import annotations
@@ -52,11 +52,3 @@ MODELS: dict[str, tuple[str, str]] = {
     "baichuan2-7b-chat": ("baichuan-inc/Baichuan2-7B-Chat", "baichuan-inc/Baichuan2-7B-Chat"),
     "internlm2-7b-chat": ("Shanghai_AI_Laboratory/internlm2-chat-7b", "internlm/internlm2-chat-7b"),
 }  # fmt: skip
-
-# config.json's model_type of a remote-code model -> the model_type of its successor that transformers runs.
-SUCCESSORS: dict[str, str] = {
-    "qwen": "qwen2_5-7b-instruct",
-    "chatglm": "glm4-9b-chat",
-    "baichuan": "qwen2_5-7b-instruct",
-    "internlm2": "qwen2_5-7b-instruct",
-}
