@@ -571,7 +571,7 @@ def test_a_failing_step_is_a_500_without_inner_details(client, service, monkeypa
     def execute(scheduled):
         calls.append(len(scheduled))
         if len(calls) == 3:
-            raise RuntimeError("/work/secret at 0x7f00")
+            raise RuntimeError("/srv/secret at 0x7f00")
         return real(scheduled)
 
     monkeypatch.setattr(service.engine.runner, "execute", execute)
