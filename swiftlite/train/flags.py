@@ -1,0 +1,96 @@
+"""What `swift sft` can tell from its flags alone: mistakes on sight, the checkpoint to go on from, the model's directory.
+
+Nothing heavy is imported or written here, so a wrong command line is answered at once. Does not know models, rows or the loop.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from swiftlite.errors import CheckpointError, UsageError
+from swiftlite.options.parse import Options, flags_of
+from swiftlite.options.resolve import inherit
+
+
+def read_resumed(options: Options, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+    from swiftlite.train import checkpoint as store
+    from swiftlite.train.resume import take_over
+
+    state, tensors = store.read(checkpoint)
+    if tensors is None:
+        raise CheckpointError(
+            f"cannot resume {checkpoint}", "it was saved without the optimizer's state (--save_only_model)",
+            "go on from its weights with --adapters or --model",
+        )  # fmt: skip
+    return state, tensors, take_over(options, checkpoint)
+
+
+def start_from(options: Options) -> Path | None:
+    """The adapter whose weights training starts from. A full checkpoint becomes the model."""
+    given = [part for part in (options.ckpt_dir, *options.adapters) if part]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise UsageError("swift sft trains one adapter", f"got {len(given)}: {', '.join(given)}", "pass one --adapters directory")
+    name = given[0].partition("=")[2] if "=" in given[0] and not os.path.exists(given[0]) else given[0]
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"no directory {path}", "--adapters and --ckpt_dir take a checkpoint's folder", "check the path")
+    for line in inherit(options, path):
+        print(line)
+    if (path / "adapter_config.json").is_file():
+        if options.tuner_type == "full":
+            raise UsageError("--tuner_type full cannot start from an adapter", fix="merge it first: swift export --merge_lora true")
+        return path
+    options.set("model", str(path), "--ckpt_dir")
+    return None
+
+
+def check(options: Options) -> Path:
+    """Flags that are wrong on sight; returns the model's directory."""
+    from swiftlite.hub import resolve_model
+    from swiftlite.train import reporters
+
+    name = options.model or options.model_type
+    if not name:
+        raise UsageError("swift sft: which model?", fix="pass --model DIRECTORY (or a hub id, or tiny-chat)")
+    if not options.dataset and not options.self_cognition_sample:
+        raise UsageError("swift sft: which data?", fix="pass --dataset FILE.jsonl (or --self_cognition_sample N)")
+    reporters.check(options.report_to)
+    for flag in ("deepspeed", "fsdp"):
+        if getattr(options, flag):
+            raise UsageError(
+                f"--{flag} is not built yet", "no process can hold a part of the model",
+                "leave it out: NPROC_PER_NODE alone trains with the whole model in every process",
+            )  # fmt: skip
+    positive = (
+        "logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size", "save_total_limit", "max_length", "early_stop_interval",
+    )  # fmt: skip
+    for flag in positive:
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag} must be at least 1, got {value}")
+    if options.max_steps <= 0 and options.num_train_epochs <= 0:
+        raise UsageError("nothing to do: --num_train_epochs must be above 0")
+    if options.learning_rate is not None and not (0 <= options.learning_rate < math.inf):
+        raise UsageError(f"--learning_rate must be a number from 0 up, got {options.learning_rate}")
+    if options.quant_bits not in (0, 4, 8):
+        raise UsageError(f"--quant_bits must be 4 or 8 in training, got {options.quant_bits}")
+    if options.optim == "adamw_8bit" or options.quant_bits:
+        from swiftlite.train.optimizers import check_8bit
+
+        check_8bit()
+    full_only = ("freeze_parameters_ratio", "freeze_parameters_regex", "trainable_parameters_regex")
+    lora_only = ("use_dora", "lora_bias", "init_weights", "lorap_lr_ratio", "quant_bits")
+    for flag in lora_only if options.tuner_type == "full" else full_only:
+        if getattr(options, flag) != flags_of("sft")[flag].default:
+            raise UsageError(f"--{flag} has no meaning with --tuner_type {options.tuner_type}", fix="leave it out")
+    for flag in ("label_smoothing_factor", "min_lr_rate", "wsd_decay_ratio"):
+        if not 0 <= getattr(options, flag) <= 1:
+            raise UsageError(f"--{flag} must lie between 0 and 1, got {getattr(options, flag)}")
+    if not 0 <= options.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}")
+    return resolve_model(name, options.model_revision, options.use_hf)
