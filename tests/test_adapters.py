@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from swiftlite.adapters import digest
 from swiftlite.adapters.config import AdapterConfig
 from swiftlite.adapters.convert import to_peft
 from swiftlite.adapters.directory import read
+from swiftlite.engine.lora_native import NativeLora
+from swiftlite.engine.native import load_library
 from swiftlite.errors import AdapterError, SwiftError
 from swiftlite.models.shards import open_shards
 
@@ -75,14 +79,32 @@ def test_scales_are_those_of_peft(make_model, make_adapter) -> None:
 
 
 def test_digest_is_of_the_content(adapter: Path, tmp_path) -> None:
-    digest = read(adapter).digest
+    first = read(adapter).digest
     shutil.copytree(adapter, tmp_path / "copy")
     change_config(tmp_path / "copy", base_model_name_or_path="elsewhere", lora_dropout=0.5)
-    assert read(tmp_path / "copy").digest == digest
+    assert read(tmp_path / "copy").digest == first
     change_config(tmp_path / "copy", lora_alpha=9)
-    assert read(tmp_path / "copy").digest != digest
+    assert read(tmp_path / "copy").digest != first
     change_weights(adapter, lambda tensors: next(iter(tensors.values())).view(-1)[0].add_(0.5))
-    assert read(adapter).digest != digest
+    assert read(adapter).digest != first
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 4096, 10_000, digest.PIECE + 5000])
+def test_digests_of_lanes_are_blake2s(size: int) -> None:
+    """Sixteen messages, dealt out word by word; by hashlib, by the kernel, and by hand."""
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)).numpy().tobytes()
+    whole = data + bytes(-len(data) % digest.BLOCK or (0 if data else digest.BLOCK))
+    messages = [b"".join(whole[at : at + 4] for at in range(4 * lane, len(whole), 64)) for lane in range(digest.LANES)]
+    expected = b"".join(hashlib.blake2s(message).digest() for message in messages)
+    assert digest.lanes(memoryview(data)) == expected
+    library = load_library()
+    if library is not None:
+        assert NativeLora(library, [(8, (8,))]).lanes(memoryview(data)) == expected
+
+
+def test_a_digest_is_of_length_and_of_what_comes_first() -> None:
+    one, two, three = (digest.Hashing(first, memoryview(data)).result() for first, data in ((b"a", b"x"), (b"a", b"x\0"), (b"b", b"x")))
+    assert len({one, two, three}) == 3 and len(one) == 64
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,8 @@ Letters: R rank. A is [R, in], B is [out, R]; the adapter adds scale * B @ A to 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.adapters.config import MERGE, AdapterConfig, read_config
+from swiftlite.adapters.digest import Hashing, Lanes, lanes
 from swiftlite.adapters.files import CONFIG, PICKLE, WEIGHTS, read_layout, read_tensors
 from swiftlite.errors import AdapterError
 
@@ -65,7 +64,7 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """sha256 over weights and arithmetic: equal content, equal digest."""
+        """Of weights and arithmetic: equal content, equal digest."""
         assert self.hashing is not None, "only the header was read"
         return self.hashing.result()
 
@@ -105,41 +104,28 @@ def _locate(path: Path) -> None:
         raise AdapterError(f"the adapter in {path} is incomplete", f"{WEIGHTS} is missing", "copy it again, or take another checkpoint")
 
 
-class Hashing:
-    """sha256 of an adapter, made by a thread of its own while the caller goes on."""
-
-    def __init__(self, config: AdapterConfig, pieces: list[memoryview]) -> None:
-        self._config, self._pieces, self._digest = config, pieces, ""
-        self._thread = threading.Thread(target=self._run, name="adapter-digest", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        weights = hashlib.sha256()
-        for piece in self._pieces:
-            weights.update(piece)
-        arithmetic = {k: v for k, v in asdict(self._config).items() if k not in ("base_model", "targets")}
-        self._digest = hashlib.sha256(json.dumps(arithmetic, sort_keys=True).encode() + b"\0" + weights.digest()).hexdigest()
-        self._pieces = []
-
-    def result(self) -> str:
-        self._thread.join()
-        return self._digest
-
-
 def read(
-    path: str | Path, expected_shapes: Mapping[str, tuple[int, int]] | None = None, *, max_rank: int | None = None, finite: bool = True
+    path: str | Path,
+    expected_shapes: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    max_rank: int | None = None,
+    finite: bool = True,
+    hashed: Lanes = lanes,
 ) -> Adapter:
     """Read and check the adapter in `path`.
 
     `expected_shapes` maps the base's module names to their weight's shape (out, in); with it, an adapter of another base is
     refused: the message names the module, the adapter's shape and the base's, or the nearest module name. `finite` False leaves
-    the look at every value to the caller (`check_finite`). Raises AdapterError for everything that cannot be served or merged exactly.
+    the look at every value to the caller (`check_finite`); `hashed` is a faster way to hash. Raises AdapterError for everything that
+    cannot be served or merged exactly.
     """
     path = Path(path)
     _locate(path)
     config, _ = read_config(path)
-    tensors, pieces = read_tensors(path / WEIGHTS)
-    adapter = _adapter(path, config, tensors, Hashing(config, pieces))
+    tensors, header, data = read_tensors(path / WEIGHTS)
+    arithmetic = {key: value for key, value in asdict(config).items() if key not in ("base_model", "targets")}
+    hashing = Hashing(json.dumps(arithmetic, sort_keys=True).encode() + b"\0" + header, data, hashed)
+    adapter = _adapter(path, config, tensors, hashing)
     _check(adapter, expected_shapes, max_rank)
     if finite:
         check_finite(adapter)

@@ -61,8 +61,8 @@ def read_bytes(path: Path, limit: int = -1) -> bytes:
         raise AdapterError(f"cannot read {path}", error.strerror or str(error), "check the adapter's path") from None
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[memoryview]]:
-    """(tensors by key, the file's bytes in order) of a safetensors file. AdapterError unless it is whole."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], bytes, memoryview]:
+    """(tensors by key, the header, all data) of a safetensors file. AdapterError unless it is whole."""
     with _open(path) as file:
         header, size = _header(path, file)
         memory = pages(size)
@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[memoryview]]:
         if start % dtype.itemsize:
             piece = piece.clone()
         tensors[key] = piece.view(dtype).view(shape)
-    return tensors, [memoryview(header), view]
+    return tensors, header, view
 
 
 def read_layout(path: Path) -> dict[str, Tensor]:

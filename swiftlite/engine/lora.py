@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from swiftlite.adapters.digest import lanes
 from swiftlite.adapters.directory import Adapter, read, read_header
 from swiftlite.engine.lora_extras import Extras
 from swiftlite.engine.lora_native import DTYPES, NativeLora
@@ -81,7 +82,7 @@ class LoraManager:
         Nothing changes when it fails.
         """
         with self._arrival(name, path):
-            adapter = read(path, self.layers.shapes, max_rank=self.max_rank, finite=False)
+            adapter = self._read(path)
             size = self._size(adapter)
             with self._lock:
                 roomy = self._memory.make(size)
@@ -133,6 +134,10 @@ class LoraManager:
         finally:
             with self._lock:
                 self._arriving.remove(entry)
+
+    def _read(self, path: str | Path) -> Adapter:
+        hashed = lanes if self._native is None else self._native.lanes
+        return read(path, self.layers.shapes, max_rank=self.max_rank, finite=False, hashed=hashed)
 
     def _size(self, adapter: Adapter) -> int:
         self.store.check(adapter)
@@ -300,7 +305,7 @@ class LoraManager:
             with self._lock:
                 kept = self._host.get(version.digest)
             with self._loading:
-                adapter = kept or read(version.path, self.layers.shapes, max_rank=self.max_rank, finite=False)
+                adapter = kept or self._read(version.path)
                 self._size(adapter)
                 weights = self.store.store(adapter)
         finally:

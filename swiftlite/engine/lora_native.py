@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from swiftlite.adapters.digest import LANES
 from swiftlite.engine.lora_ops import Segment, Stack
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -46,6 +48,8 @@ class NativeLora:
     def __init__(self, library: ctypes.CDLL, groups: Sequence[tuple[int, tuple[int, ...]]]) -> None:
         self.function, self.pack_function = library.swift_lora, library.swift_lora_pack
         self.pack_function.restype = ctypes.c_int32
+        self.digest_function = library.swift_digest
+        self.digest_function.argtypes, self.digest_function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p), None
         self.widths = [width for width, _ in groups]
         self.parts = max(len(outs) for _, outs in groups)
         self.starts = [[sum(outs[:part]) for part in range(len(outs))] for _, outs in groups]
@@ -69,6 +73,13 @@ class NativeLora:
             entry.from_bf16, entry.to_bf16, entry.transpose = source.dtype == torch.bfloat16, to.dtype == torch.bfloat16, turned
         bad = self.pack_function(table, len(moves))
         return None if bad < 0 else bad
+
+    def lanes(self, data: memoryview) -> bytes:
+        """`adapters.digest.lanes`. Other threads run on."""
+        words = np.zeros((8, LANES), np.uint32)  # [word of a digest, lane]
+        source = np.frombuffer(data, np.uint8)
+        self.digest_function(source.ctypes.data, len(source), words.ctypes.data)
+        return words.T.astype("<u4").tobytes()
 
 
 class NativeJob:
