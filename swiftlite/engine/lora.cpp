@@ -353,6 +353,7 @@ INLINE void mix(v16u& a, v16u& b, v16u& c, v16u& d, v16u x, v16u y) {
     a += b + x, d = rotate<16>(d ^ a), c += d, b = rotate<12>(b ^ c);
     a += b + y, d = rotate<8>(d ^ a), c += d, b = rotate<7>(b ^ c);
 }
+
 // one block of each message; `end`: bytes of each so far
 void hash_block(v16u* state, const uint32_t* block, uint64_t end, bool last) {
     v16u m[16], v[16];
@@ -360,7 +361,6 @@ void hash_block(v16u* state, const uint32_t* block, uint64_t end, bool last) {
     for (int i = 0; i < 8; i++) v[i] = state[i], v[8 + i] = v16u{} + START[i];
     v[12] ^= (uint32_t)end, v[13] ^= (uint32_t)(end >> 32);
     if (last) v[14] = ~v[14];
-#pragma GCC unroll 10
 #pragma GCC unroll 10
     for (int r = 0; r < 10; r++) {  // unrolled, or the words do not stay where they are
         const uint8_t *o = ORDER[r], *p = o + 8;
