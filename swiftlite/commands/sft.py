@@ -66,7 +66,7 @@ def _train(
     tokenizer = load_tokenizer(model_dir)
     template = Template.load(model_dir, tokenizer, name=options.template, system=options.system)
     max_length = _max_length(options, config)
-    samples, evaluation, report = _rows(options, template, max_length)
+    samples, evaluation, conversations, report = _rows(options, template, max_length)
     if not samples:
         raise DataError("no row is left to train on", "every row was dropped; the table says why", "check --dataset and --max_length")
 
@@ -81,6 +81,10 @@ def _train(
         from swiftlite.train.resume import check_fit
 
         check_fit(state, resumed, fingerprint, total, ranks.world)
+    from swiftlite.commands import answers
+
+    positions = config.get_text_config().max_position_embeddings
+    questions = answers.asked(options, conversations, template, positions)
     print(plan.describe())
     from swiftlite.train.show import with_mask
 
@@ -110,6 +114,12 @@ def _train(
     ready = time.perf_counter() - began
     print(f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {ready:.1f} s")
     build.checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained, ranks)
+    longest = min(positions, options.max_new_tokens + max((len(question.prompt) for question in questions), default=0))
+    ask = answers.Answers(model, tuner, model_dir, tokenizer, template.stop_ids, options.max_new_tokens, longest, device)
+    generate = answers.score(ask, questions, ranks) if options.predict_with_generate else None
+    shown = answers.Samples.chosen(options, ask, questions) if ranks.first else None
+    if shown is not None and not resumed:
+        shown.start()
 
     from swiftlite.train import checkpoint, folder
     from swiftlite.train.log import Logbook, Silent
@@ -149,12 +159,13 @@ def _train(
         ),
         options.max_grad_norm, options.logging_steps, options.eval_steps or save_steps, save_steps, options.save_total_limit or 2,
         options.save_only_model, options.early_stop_interval, options.create_checkpoint_symlink,
+        f"eval_{options.metric_for_best_model or ('rouge-l' if generate else 'loss')}",
     )  # fmt: skip
     history = state.get("log_history", [])
     with closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
         trainer = Trainer(
             model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, save,
-            {"fingerprint": fingerprint, "data": report}, ranks,
+            {"fingerprint": fingerprint, "data": report}, ranks, generate,
         )  # fmt: skip
         if resumed and tensors is not None:
             tuner.load_masters(tensors.get("masters", {}))
@@ -171,7 +182,8 @@ def _train(
     from swiftlite.train.report import write_report
 
     draw(rows, run / "images")
-    write_report(run, rows, options, args, report, samples[0], tokenizer, info)
+    told = shown.finish() if shown is not None and ended is None else []
+    write_report(run, rows, options, args, report, samples[0], tokenizer, info, told)
     _goodbye(info, options)
     return info
 
@@ -215,14 +227,14 @@ def _max_length(options: Options, config: Any) -> int:
     return min(options.max_length, limit)
 
 
-def _rows(options: Options, template: Any, max_length: int) -> tuple[Sequence[Any], Sequence[Any], str]:
+def _rows(options: Options, template: Any, max_length: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any], str]:
     from swiftlite.data.loading import load_training
 
     began = time.perf_counter()
-    samples, evaluation, _, report = load_training(options, template, max_length)
+    samples, evaluation, conversations, report = load_training(options, template, max_length)
     table = report.table()
     print(f"{table}\nrows encoded in {time.perf_counter() - began:.1f} s, at most {max_length} tokens a row")
-    return samples, evaluation, table
+    return samples, evaluation, conversations, table
 
 
 def _batch_size(options: Options, samples: Sequence[Any], ranks: int) -> None:
@@ -259,6 +271,7 @@ def _info(trainer: Any, run: Path, ended: signal.Signals | None, device: Any) ->
         "last_model_checkpoint": progress.last_model_checkpoint,
         "best_model_checkpoint": best if best and os.path.isdir(best) else None,
         "best_metric": progress.best_metric,
+        "metric": trainer.settings.best_metric,
         "global_step": progress.step,
         "train_time_s": round(progress.seconds, 2),
         "tokens": progress.tokens,

@@ -34,7 +34,8 @@ from swiftlite.engine.stream import Stream
 from swiftlite.errors import AdapterError, ModelError, RequestError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from swiftlite.engine.lora import AdapterInfo, LoraManager
 
@@ -51,11 +52,15 @@ class Engine:
         config: EngineConfig = EngineConfig(),
         *,
         dtype: str = "auto",
-        device: str = "auto",
+        device: str | torch.device = "auto",
         adapters: dict[str, str] | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
-        """Raises ModelError, or AdapterError for one of `adapters` (name -> PEFT directory)."""
+        """`model`: the loaded model of `model_dir`, used as it is (its weights may be another's too: they are not packed).
+
+        Raises ModelError, or AdapterError for one of `adapters` (name -> PEFT directory).
+        """
         from swiftlite.models.device import choose_device, choose_dtype
         from swiftlite.models.loading import load_config, load_tokenizer
 
@@ -63,14 +68,14 @@ class Engine:
         self.model_config = load_config(model_dir)
         self.generation_config = read_generation_config(self.model_dir)
         self.tokenizer = tokenizer or load_tokenizer(model_dir)
-        self.device = choose_device(device)
+        self.device = choose_device(device) if isinstance(device, str) else device
         own_dtype = self.model_config.dtype
         self.dtype = choose_dtype(dtype, self.device, None if own_dtype is None else str(own_dtype).removeprefix("torch."))
         if config.max_num_batched_tokens is None:
             # A CPU computes 256 tokens at a time as fast as 2048 (measured: within 7 %), and the shorter the step, the shorter the gap
             # that an arriving prompt leaves in the running streams; a GPU needs the longer one to be busy.
             self.config = config = dataclasses.replace(config, max_num_batched_tokens=512 if self.device.type == "cpu" else 2048)
-        self.runner = Runner(model_dir, config, self.dtype, self.device)
+        self.runner = Runner(model_dir, config, self.dtype, self.device, model=model)
         self.vocab_size = self.runner.vocab_size
         self.max_model_len = min(self.runner.max_model_len, self.runner.num_blocks * config.block_size)
         named = (self.generation_config.get("eos_token_id"), self.model_config.get_text_config().eos_token_id, self.tokenizer.eos_token_id)

@@ -22,11 +22,14 @@ from swiftlite.engine.fused import fuse
 from swiftlite.engine.kv import KVCache, available_memory
 from swiftlite.engine.layers import fuse_layers
 from swiftlite.engine.lora import LoraManager
+from swiftlite.engine.panels import choose_pack
 from swiftlite.errors import ModelError
 from swiftlite.models.loading import load_model
-from swiftlite.models.packed import can_pack, pack_linears
+from swiftlite.models.packed import can_pack, pack_linears, pack_tied_head
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from swiftlite.engine.attention_cuda import DevicePages
     from swiftlite.engine.graphs import DecodeGraphs
     from swiftlite.engine.scheduler import Scheduled
@@ -39,14 +42,18 @@ class Runner:
     """A loaded model with its KV cache. Raises ModelError on models that the engine cannot run or memory that cannot hold them."""
 
     def __init__(
-        self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device, *, plain: bool = False
-    ) -> None:
-        """`plain` keeps the stock modules and torch's attention: the reference of every faster path."""
+        self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device, *, plain: bool = False,
+        model: PreTrainedModel | None = None,
+    ) -> None:  # fmt: skip
+        """`plain` keeps the stock modules and torch's attention: the reference of every faster path. `model`: one that is loaded
+        already; its weights stay where they are, as packed copies would go stale when they are trained."""
         self.config, self.dtype, self.device = config, dtype, device
-        self.model = load_model(model_dir, dtype, device, NAME)
+        self.model = model or load_model(model_dir, dtype, device, NAME)
         self.bridge = Bridge(self.model, device, config.max_model_len, kernels=not plain)
-        if not plain and can_pack(dtype, device):
-            pack_linears(self.model, self.bridge.shared_inputs)
+        if not plain and model is None and can_pack(dtype, device):
+            pack = choose_pack(self.bridge.library, dtype)
+            pack_linears(self.model, self.bridge.shared_inputs, pack)
+            pack_tied_head(self.model, pack)
         self.fused_layers = 0
         if self.bridge.library is not None:
             self.fused_layers = fuse_layers(self.bridge, fuse(self.model, self.bridge.library))

@@ -85,6 +85,11 @@ VALUES: dict[str, dict[str, str]] = {
     "target_modules": {"ALL": "all-linear", "DEFAULT": "all-linear", "AUTO": "all-linear"},
     "report_to": {"all": "tensorboard"},
     "loss_scale": {"default+ignore_empty_think": "ignore_empty_think"},
+    "metric_for_best_model": {
+        **{f"eval_{name}": name for name in ("loss", "token_acc", "exact_match", "rouge-l")},
+        "acc": "token_acc",
+        "rouge_l": "rouge-l",
+    },
     "lr_scheduler_type": {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
     "optim": {
         "adamw_torch": "adamw",
@@ -117,6 +122,7 @@ NO_EFFECT: dict[str, str] = {
     "save_strategy": "set --save_steps",
     "eval_strategy": "set --eval_steps",
     "save_safetensors": "always",
+    "greater_is_better": "follows from --metric_for_best_model",
     "lora_dtype": "adapters are trained and saved in float32",
     "load_best_model_at_end": "the best checkpoint is always kept, and named at the end",
 }

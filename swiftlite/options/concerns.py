@@ -156,6 +156,24 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class EvaluationOptions:
+    """What an evaluation during training also does."""
+
+    predict_with_generate: bool = opt(
+        False, "evaluation also answers rows through the serving engine, greedily: eval_exact_match and eval_rouge-l, from 0 to 1"
+    )
+    eval_limit: int | None = opt(32, "rows that --predict_with_generate answers at most, spread over the evaluation rows")
+    max_new_tokens: int = opt(128, "longest answer in tokens of --predict_with_generate and --sample_answers")
+    metric_for_best_model: str | None = opt(
+        None, "what makes a checkpoint the best; default: loss, rouge-l with --predict_with_generate",
+        ("loss", "token_acc", "exact_match", "rouge-l"),
+    )  # fmt: skip
+    sample_answers: int | None = opt(
+        None, "evaluation rows whose answers before and after training report.html shows; default: 4 where that takes seconds, else 0"
+    )
+
+
+@dataclass(frozen=True)
 class GenerationOptions:
     """How answers are sampled; unset values come from the model's generation_config.json."""
 
@@ -245,7 +263,7 @@ class BenchOptions:
 COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "sft": (
         "fine-tune a model (LoRA or all weights)",
-        (ModelOptions, DataOptions, TemplateOptions, LoraOptions, TrainOptions, CheckpointOptions),
+        (ModelOptions, DataOptions, TemplateOptions, LoraOptions, TrainOptions, EvaluationOptions, CheckpointOptions),
     ),
     "infer": (
         "chat in the terminal, or answer a dataset",

@@ -68,6 +68,7 @@ def check(options: Options) -> Path:
             )  # fmt: skip
     positive = (
         "logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size", "save_total_limit", "max_length", "early_stop_interval",
+        "eval_limit", "max_new_tokens",
     )  # fmt: skip
     for flag in positive:
         value = getattr(options, flag)
@@ -91,6 +92,12 @@ def check(options: Options) -> Path:
     for flag in ("label_smoothing_factor", "min_lr_rate", "wsd_decay_ratio"):
         if not 0 <= getattr(options, flag) <= 1:
             raise UsageError(f"--{flag} must lie between 0 and 1, got {getattr(options, flag)}")
+    if options.metric_for_best_model in ("exact_match", "rouge-l") and not options.predict_with_generate:
+        raise UsageError(
+            f"--metric_for_best_model {options.metric_for_best_model} needs answers", fix="add --predict_with_generate true"
+        )  # fmt: skip
+    if options.sample_answers is not None and options.sample_answers < 0:
+        raise UsageError(f"--sample_answers must not be negative, got {options.sample_answers}")
     if not 0 <= options.lora_dropout < 1:
         raise UsageError(f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}")
     return resolve_model(name, options.model_revision, options.use_hf)

@@ -48,7 +48,8 @@ class Logbook:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         self._write(row, "eval")
-        self.say(f"step {row['global_step']}: eval_loss {row['eval_loss']:.4f}  eval_token_acc {row['eval_token_acc']:.3f}")
+        shown = (f"{name} {value:.{4 if name == 'eval_loss' else 3}f}" for name, value in row.items() if name.startswith("eval_"))
+        self.say(f"step {row['global_step']}: {'  '.join(shown)}")
 
     def say(self, text: str) -> None:
         """A line beside the progress bar."""

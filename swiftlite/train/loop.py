@@ -56,6 +56,7 @@ class LoopSettings:
     save_only_model: bool = False
     patience: int | None = None  # evaluations without a new best that end the run
     symlinks: bool = False
+    best_metric: str = "eval_loss"  # of an evaluation's row; lower is better for eval_loss, higher for every other
 
 
 @dataclass
@@ -90,8 +91,10 @@ class Trainer:
         save: Callable[[Path], None],
         extra_state: dict[str, Any],
         ranks: Ranks = Ranks(),
+        generate: Callable[[Callable[[], bool]], dict[str, float] | None] | None = None,
     ) -> None:
-        self.ranks = ranks
+        """`generate`: more values of an evaluation, from answers; it asks its argument whether to stop, and is None then."""
+        self.ranks, self.generate = ranks, generate
         self.model, self.tuner, self.loss, self.plan, self.schedule = model, tuner, loss, plan, schedule
         self.samples, self.evaluation, self.settings = samples, evaluation, settings
         self.folder, self.logbook, self.save_model, self.extra_state = folder, logbook, save, extra_state
@@ -205,7 +208,8 @@ class Trainer:
                     if stopping := self._stopping(stop):
                         return stopping if step < total else None
                     if enough:
-                        self.logbook.say(f"stopping early: {self.progress.without_best} evaluations without a better eval_loss")
+                        count = self.progress.without_best
+                        self.logbook.say(f"stopping early: {count} evaluations without a better {settings.best_metric}")
                         return None
                 saved = self.progress.last_model_checkpoint == str(self.folder / f"checkpoint-{self.progress.step}")
                 if self._stopping(stop) and self.progress.step > 0 and not saved:
@@ -291,7 +295,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, stop: Interrupt) -> bool:
-        """Loss and token accuracy on the evaluation rows; True when the loss is the best so far. A signal cuts it short."""
+        """Loss, token accuracy and what `generate` adds; True when it is the best so far. A signal cuts it short."""
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.eval()
@@ -306,12 +310,16 @@ class Trainer:
         self.model.train()
         self.ranks.sum([nll, hits])
         targets = sum(int(sample.mask[1:].sum()) for sample in self.evaluation)
-        value = nll.item() / targets
-        self.logbook.evaluation(
-            {"eval_loss": value, "eval_token_acc": hits.item() / targets, "epoch": self._epoch(), "global_step": self.progress.step}
-        )
+        values = {"eval_loss": nll.item() / targets, "eval_token_acc": hits.item() / targets}
+        if self.generate is not None:
+            more = self.generate(lambda: stop.signal is not None)
+            if more is None:
+                return False
+            values |= more
+        self.logbook.evaluation({**values, "epoch": self._epoch(), "global_step": self.progress.step})
         self.row_time = time.perf_counter()
-        better = self.progress.best_metric is None or value < self.progress.best_metric
+        value, best = values[self.settings.best_metric], self.progress.best_metric
+        better = best is None or (value < best if self.settings.best_metric == "eval_loss" else value > best)
         self.progress.without_best = 0 if better else self.progress.without_best + 1
         if better:
             self.progress.best_metric = value

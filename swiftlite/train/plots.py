@@ -14,6 +14,8 @@ CURVES = {
     "tokens_per_s": ("tokens_per_s", "tokens per second"),
     "eval_loss": ("eval_loss", "evaluation loss"),
     "eval_token_acc": ("eval_token_acc", "evaluation token accuracy"),
+    "eval_exact_match": ("eval_exact_match", "evaluation: exact matches of generated answers"),
+    "eval_rouge-l": ("eval_rouge-l", "evaluation: ROUGE-L of generated answers"),
 }
 SMOOTHED = ("train_loss", "grad_norm", "tokens_per_s")
 RAW, SMOOTH = "#FFCDB8", "#E8552B"

@@ -1,7 +1,7 @@
 """`report.html` of a run: one file that needs nothing else, readable on a desk and on a telephone.
 
-Made from what the run already has (log rows, settings, account of the rows, one row with its mask); it trains nothing and
-loads no model, so it holds no sample answers: the next command shows those.
+Made from what the run already has (log rows, settings, account of the rows, one row with its mask, some answers); it trains
+nothing and loads no model.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from swiftlite.train.plots import smooth
 from swiftlite.train.show import runs
 
 FILE = "report.html"
+METRICS = {
+    "eval_loss": "evaluation loss", "eval_token_acc": "token accuracy", "eval_exact_match": "exact match", "eval_rouge-l": "ROUGE-L",
+}  # fmt: skip
 
 
 def write_report(
     run: Path, rows: Sequence[Mapping[str, Any]], options: Options, args: Mapping[str, Any], data: str, sample: Sample, tokenizer: Any,
-    info: Mapping[str, Any],
+    info: Mapping[str, Any], answers: Sequence[Mapping[str, str]] = (),
 ) -> Path | None:  # fmt: skip
     """Write run/report.html and say so; None (and a note) where it cannot be written: the run itself is whole by then.
 
-    rows: the log's; args: `sft_args.json`; data: the account of the rows as text; info: what `sft` returns.
+    rows: the log's; args: `sft_args.json`; data: the account of the rows as text; info: what `sft` returns;
+    answers: {question, before, after, reference} of some evaluation rows, before may be missing.
     """
     path, aside = run / FILE, run / f".{FILE}"
     try:
-        aside.write_text(page(run, rows, options, args, data, sample, tokenizer, info), encoding="utf-8")
+        aside.write_text(page(run, rows, options, args, data, sample, tokenizer, info, answers), encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
         print(f"note: no {FILE}: {error}")
@@ -44,7 +48,7 @@ def write_report(
 
 def page(
     run: Path, rows: Sequence[Mapping[str, Any]], options: Options, args: Mapping[str, Any], data: str, sample: Sample, tokenizer: Any,
-    info: Mapping[str, Any],
+    info: Mapping[str, Any], answers: Sequence[Mapping[str, str]] = (),
 ) -> str:  # fmt: skip
     """The report as HTML."""
     name = args.get("model_type") or Path(str(args.get("model") or args["model_dir"])).name
@@ -57,7 +61,7 @@ def page(
         f'<link rel="icon" href="data:,"><title>{escape(name)} · {escape(run.name)}</title><style>{CSS}</style></head><body><main>'
         f"<header><h1>{escape(name)}</h1><p>{facts}</p></header>"
         f'<section class="tiles">{_tiles(rows, info)}</section><section class="charts">{_charts(rows)}</section>'
-        f"<section><h2>Result</h2>{_result(info)}</section><section><h2>Data</h2>{_data(data)}</section>"
+        f"<section><h2>Result</h2>{_result(info)}</section>{_answers(answers)}<section><h2>Data</h2>{_data(data)}</section>"
         f"<section><h2>One row; what is learnt is marked</h2>{_row(sample, tokenizer)}</section>"
         f"<section><h2>Settings</h2>{_settings(options, args)}</section>"
         f"<footer>swiftlite {escape(str(args['swiftlite_version']))}"
@@ -74,7 +78,8 @@ def _tiles(rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> str:
         tiles.append(("training loss", number(train[-1]["loss"]), f"{number(train[0]['loss'])} at step {train[0]['global_step']}"))
     if info["best_metric"] is not None:
         evals = [row for row in rows if "eval_loss" in row]
-        tiles.append(("best evaluation loss", number(info["best_metric"]), f"{number(evals[-1]['eval_loss'])} at the end" if evals else ""))
+        name = METRICS[info["metric"]]
+        tiles.append((f"best {name}", number(info["best_metric"]), f"{number(evals[-1][info['metric']])} at the end" if evals else ""))
     if info["tokens"] and seconds:
         tiles.append(("tokens a second", number(round(info["tokens"] / seconds)), f"{info['tokens']:,} tokens"))
     tiles += [("time", duration(seconds), ""), ("peak memory", f"{info['memory_gb']:.2f} GB", "")]
@@ -95,6 +100,7 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
     figures = (
         chart("Loss", [*curve("loss"), Line("evaluation", points("eval_loss"), "eval")], wide=True),
         chart("Token accuracy", accuracy),
+        chart("Answers", [Line("ROUGE-L", points("eval_rouge-l"), "eval"), Line("exact match", points("eval_exact_match"), "smooth")]),
         chart("Learning rate", [Line("learning rate", points("learning_rate"))], from_zero=True),
         chart("Gradient norm", curve("grad_norm"), from_zero=True),
         chart("Tokens a second", curve("tokens_per_s"), from_zero=True),
@@ -117,6 +123,15 @@ def _result(info: Mapping[str, Any]) -> str:
     commands += [("try it", f"swift infer --ckpt_dir {best or last}"), ("serve it", f"swift deploy --ckpt_dir {best or last}")]
     nexts = "".join(f"<dt>{label}</dt><dd><code class=command>{escape(command)}</code></dd>" for label, command in commands)
     return f"<dl>{paths}{nexts}</dl>"
+
+
+def _answers(answers: Sequence[Mapping[str, str]]) -> str:
+    names = (("before", "before training"), ("after", "after training"), ("reference", "the row's own"))
+    blocks = []
+    for row in answers:
+        said = "".join(f"<dt>{title}</dt><dd>{escape(row[key]) or '–'}</dd>" for key, title in names if key in row)
+        blocks.append(f'<dl class="answers"><dt>question</dt><dd><b>{escape(row["question"])}</b></dd>{said}</dl>')
+    return f"<section><h2>Answers to evaluation rows</h2>{''.join(blocks)}</section>" if blocks else ""
 
 
 def _data(table: str) -> str:
@@ -200,6 +215,7 @@ code,pre{font-family:var(--mono);font-size:14px}pre{padding:14px 16px;margin:0;w
 mark{background:var(--mark);color:inherit;border-radius:3px;padding:1px 0}
 dl{margin:0;padding:6px 14px;display:grid;grid-template-columns:max-content minmax(0,1fr);gap:0 18px}dt{color:var(--soft);padding:6px 0}
 dd{margin:0;padding:6px 0}
+.answers{margin-bottom:10px}.answers dd{white-space:pre-wrap}
 details{margin-top:10px}summary{cursor:pointer;color:var(--soft);padding:6px 2px}
 .command{user-select:all;background:var(--ground);border-radius:6px;padding:3px 7px;box-decoration-break:clone}
 @media(max-width:640px){main{padding:18px 14px 36px}h1{font-size:24px}.tiles{grid-template-columns:1fr 1fr;gap:8px}
