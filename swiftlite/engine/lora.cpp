@@ -355,7 +355,7 @@ INLINE void mix(v16u& a, v16u& b, v16u& c, v16u& d, v16u x, v16u y) {
 }
 
 // one block of each message; `end`: bytes of each so far
-void hash_block(v16u* state, const uint32_t* block, uint64_t end, bool last) {
+void hash_block(v16u* state, const char* block, uint64_t end, bool last) {
     v16u m[16], v[16];
     memcpy(m, block, sizeof m);
     for (int i = 0; i < 8; i++) v[i] = state[i], v[8 + i] = v16u{} + START[i];
@@ -395,11 +395,10 @@ extern "C" void swift_digest(const char* data, int64_t size, void* result) {
     v16u state[8];
     for (int i = 0; i < 8; i++) state[i] = v16u{} + (START[i] ^ (i ? 0 : 0x01010020));
     const int64_t blocks = size > 1024 ? (size + 1023) / 1024 : 1;
-    for (int64_t i = 0; i < blocks; i++) {
-        uint32_t block[256] = {};
-        const int64_t left = size - i * 1024;
-        memcpy(block, data + i * 1024, left < 1024 ? left : 1024);
-        hash_block(state, block, 64 * (i + 1), i + 1 == blocks);
-    }
+    for (int64_t i = 0; i + 1 < blocks; i++) hash_block(state, data + i * 1024, 64 * (i + 1), false);
+    const int64_t done = (blocks - 1) * 1024;
+    char last[1024] = {};
+    memcpy(last, data + done, size - done);
+    hash_block(state, last, 64 * blocks, true);
     memcpy(result, state, sizeof state);
 }
