@@ -76,9 +76,13 @@ def load(model: str, adapters: list[str], repeats: int = 3) -> dict[str, float]:
 
 
 def streams(model: str, adapters: list[str], count: int = 16, changes: int = 20) -> dict[str, float]:
-    """Gaps between a stream's tokens, in ms, without and with adapters coming and going."""
+    """Gaps between a stream's tokens, in ms: quiet, with requests to the base coming in, and with adapters coming and going.
+
+    And the time to the first token of such a request: to the base, and from the call that loads its new adapter.
+    """
     generator = random.Random(0)
-    gaps: dict[str, list[float]] = {"quiet": [], "busy": []}
+    gaps: dict[str, list[float]] = {"quiet": [], "base": [], "busy": []}
+    firsts: dict[str, list[float]] = {"base": [], "busy": []}
     failed = 0
     now = "warm-up"
 
@@ -99,13 +103,19 @@ def streams(model: str, adapters: list[str], count: int = 16, changes: int = 20)
         ]
         await asyncio.sleep(2)
         now = "quiet"
-        await asyncio.sleep(6)
-        now = "busy"
-        for index in range(changes):
-            await asyncio.to_thread(engine.add_adapter, "new", adapters[index % len(adapters)])
-            result = await engine.submit(prompt(16, generator), greedy(1), adapter="new").aresult()
-            failed += result.error is not None
-            await asyncio.to_thread(engine.remove_adapter, "new")
+        await asyncio.sleep(4)
+        for now in firsts:
+            for index in range(changes):
+                begun = time.perf_counter()
+                if now == "busy":
+                    await asyncio.to_thread(engine.add_adapter, "new", adapters[index % len(adapters)])
+                adapter = "new" if now == "busy" else None
+                result = await engine.submit(prompt(16, generator), greedy(1), adapter=adapter).aresult()
+                firsts[now].append(time.perf_counter() - begun)
+                failed += result.error is not None
+                if now == "busy":
+                    await asyncio.to_thread(engine.remove_adapter, "new")
+                await asyncio.sleep(generator.random() * 0.1)  # else every request would come right after a step
         now = "over"
         for name in ("s0", "s1", "s2"):
             engine.remove_adapter(name)
@@ -116,11 +126,12 @@ def streams(model: str, adapters: list[str], count: int = 16, changes: int = 20)
             engine.add_adapter(f"s{index}", adapters[index])
         asyncio.run(run(engine))
         engine.check()
-    quiet, busy = (sorted(gaps[which]) for which in ("quiet", "busy"))
-    step = 1e3 * quiet[len(quiet) // 2]
-    return {"step_ms": step, "quiet_worst_ms": 1e3 * quiet[-1], "busy_median_ms": 1e3 * busy[len(busy) // 2],
-            "busy_p99_ms": 1e3 * busy[len(busy) * 99 // 100], "busy_worst_ms": 1e3 * busy[-1], "worst_in_steps": 1e3 * busy[-1] / step,
-            "failed": failed}  # fmt: skip
+    quiet, with_base, busy = (sorted(1e3 * gap for gap in gaps[which]) for which in gaps)
+    first, new = (1e3 * sorted(firsts[which])[changes // 2] for which in firsts)
+    step = quiet[len(quiet) // 2]
+    return {"step_ms": step, "quiet_worst_ms": quiet[-1], "base_worst_ms": with_base[-1], "busy_median_ms": busy[len(busy) // 2],
+            "busy_p99_ms": busy[len(busy) * 99 // 100], "busy_worst_ms": busy[-1], "worst_in_steps": busy[-1] / step,
+            "base_first_ms": first, "new_first_ms": new, "beyond_base_ms": new - first, "failed": failed}  # fmt: skip
 
 
 def base(model: str, adapters: list[str], repeats: int = 5) -> dict[str, float]:
