@@ -9,10 +9,11 @@ import torch
 from conftest import FAMILIES
 from test_runner import CPU, Item, Seq, make_runner, prompts_for
 from torch import nn
+from torch.nn import functional as F
 
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.runner import Runner
-from swiftlite.models.packed import FusedPart, PackedLinear, can_pack, pack_linears
+from swiftlite.models.packed import FusedPart, PackedLinear, can_pack, pack_linears, pack_tied_head
 
 
 class Net(nn.Module):
@@ -80,9 +81,20 @@ def test_a_packed_model_equals_the_plain_one(family: str, make_model) -> None:
     assert packed.execute([Item(Seq(first, list(range(5))), 0, 8)]).shape == (0, packed.vocab_size)
 
 
-def test_the_tied_head_is_left_alone(make_model) -> None:
-    runner = make_runner(make_model("qwen2"))
-    assert runner.model.lm_head.weight is runner.model.model.embed_tokens.weight
+def test_a_tied_head_multiplies_by_a_copy(make_model) -> None:
+    """Head and embedding stay one tensor, whose rows are still those of the file after its pages were given back."""
+    path = make_model("qwen2")
+    packed, plain = make_runner(path), Runner(path, EngineConfig(num_blocks=160, block_size=4), torch.float32, CPU, plain=True)
+    head, embedding = packed.model.lm_head, packed.model.model.embed_tokens
+    assert head.weight is embedding.weight and "forward" in vars(head)
+    torch.testing.assert_close(embedding.weight, plain.model.lm_head.weight, rtol=0, atol=0)
+    x = torch.randn(1, 3, head.in_features)
+    with torch.inference_mode():
+        torch.testing.assert_close(head(x), F.linear(x, embedding.weight))
+
+
+def test_only_a_tied_head_is_packed(make_model) -> None:
+    assert not pack_tied_head(Runner(make_model("llama"), EngineConfig(num_blocks=8), torch.float32, CPU, plain=True).model)
 
 
 def test_adapters_work_on_packed_linears(make_model, make_adapter) -> None:

@@ -1,4 +1,4 @@
-"""Small steps of the stock modules as one C++ pass each: RMSNorm, rotary embedding, SiLU gate, the product with a tied head.
+"""Small steps of the stock modules as one C++ pass each: RMSNorm, rotary embedding, SiLU gate.
 
 Nothing is replaced by name alone. A candidate is found by its class and then held against the module itself on random input, at
 several magnitudes; only what gives the same numbers (to one rounding of the dtype) is taken. Modules stay where they are with
@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 NORM_KINDS = 3  # see fused.cpp
 GATE_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-FEW_ROWS = 256  # measured up to here: a plain weight at 450 GFLOP/s a core from 32 rows on, against 240 in torch
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class Kernels:
         lib.swift_add_norm.argtypes = [flag, *[pointer] * 5, long, integer, real, integer, integer]
         lib.swift_silu_mul.argtypes = [flag, *[pointer] * 3, *[long] * 3, integer, integer]
         lib.swift_rope.argtypes = [flag, *[pointer] * 4, long, integer, integer, long, long, integer]
-        lib.swift_few_rows.argtypes = [flag, *[pointer] * 3, integer, long, integer, integer]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
         """x [1, T, D] or [1, T, H, D] with contiguous last dimension -> the same shape, contiguous."""
@@ -82,16 +79,6 @@ class Kernels:
         )  # fmt: skip
         return out.transpose(1, 2)
 
-    def few_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [1, S, K] times weight [V, K] transposed; K a multiple of 32."""
-        x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
-        self.library.swift_few_rows(
-            x.dtype == torch.bfloat16, out.data_ptr(), x.data_ptr(), weight.data_ptr(), x.shape[-2], weight.shape[0], weight.shape[1],
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return out
-
 
 @dataclass(frozen=True)
 class Norm:
@@ -110,7 +97,6 @@ class Fused:
     norms: dict[nn.Module, Norm] = field(default_factory=dict)
     gates: set[nn.Module] = field(default_factory=set)
     ropes: int = 0
-    heads: int = 0
 
 
 @torch.inference_mode()
@@ -126,7 +112,6 @@ def fuse(model: PreTrainedModel, library: ctypes.CDLL) -> Fused:
         elif {name for name, _ in module.named_children()} == GATE_PARTS and _fuse_gate(module, kernels, model.dtype):
             done.gates.add(module)
     done.ropes = _fuse_rope(model, kernels)
-    done.heads = _fuse_head(model, kernels)
     return done
 
 
@@ -239,21 +224,4 @@ def _fuse_rope(model: PreTrainedModel, kernels: Kernels) -> int:
 
     rotary.forward = forward  # type: ignore[method-assign]
     file.apply_rotary_pos_emb = wrapper  # type: ignore[attr-defined]
-    return 1
-
-
-def _fuse_head(model: PreTrainedModel, kernels: Kernels) -> int:
-    """The output head where its weight stays plain because the embedding is the same tensor."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.in_features % 32 or not head.weight.is_contiguous():
-        return 0
-    weight = head.weight.detach()
-
-    def forward(x: Tensor) -> Tensor:
-        rows = x.shape[-2]
-        if 0 < rows <= FEW_ROWS and x.ndim == 3 and x.shape[0] == 1 and x.dtype == weight.dtype:
-            return kernels.few_rows(x, weight)
-        return F.linear(x, weight)
-
-    head.forward = forward  # type: ignore[method-assign]
     return 1

@@ -1,8 +1,9 @@
-"""Linears whose weight lives in oneDNN's own blocked layout, and linears with one input fused into one product.
+"""Linears whose weight lives in a layout made for products, and linears with one input fused into one product.
 
 Packing is done once after loading, in place of the stock modules: the plain weight goes away, so memory does not grow. Weights
-that anything else uses too (a tied output head, shared layers) stay plain. A packed linear is an nn.Linear without `weight`; the
-parts of a fused one stay at their places in the model under their own names, so adapters and messages know nothing of fusion.
+that anything else uses too stay plain, but for a tied output head: it multiplies by a packed copy, and of the plain weight only the
+rows that are looked up stay in memory. A packed linear is an nn.Linear without `weight`; the parts of a fused one stay at their
+places in the model under their own names, so adapters and messages know nothing of fusion.
 Only for inference on a CPU, float32 and bfloat16; whether a model is packed never changes its results beyond rounding.
 """
 
@@ -11,28 +12,59 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear = torch.ops.mkldnn._linear_pointwise.default
 
 
-class PackedLinear(nn.Linear):
-    """y = x W^T + b with W only in oneDNN's layout."""
+class PackedWeight(Protocol):
+    """A weight [out, in] in some layout."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., T, in] -> x W^T + bias [..., T, out]; T may be 0."""
+        ...
+
+    def to_dense(self) -> Tensor:
+        """The plain weight [out, in], as a copy."""
+        ...
+
+
+Pack = Callable[[Tensor], PackedWeight]
+
+
+class OneDnnWeight:
+    """In oneDNN's own blocked layout."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.packed = _reorder(weight.detach())
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[-2] == 0:  # no row wants logits; oneDNN refuses empty products
+            return x.new_empty(*x.shape[:-1], self.packed.shape[0])
+        return _linear(x, self.packed, bias, "none", [], "")
+
+    def to_dense(self) -> Tensor:
+        return self.packed.to_dense()
+
+
+class PackedLinear(nn.Linear):
+    """y = x W^T + b with W only in a packed layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, pack: Pack = OneDnnWeight) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.packed = _reorder(weight.detach())
+        self.packed = pack(weight)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2] == 0:  # no row wants logits; oneDNN refuses empty products
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        return _linear(x, self.packed, self.bias, "none", [], "")
+        return self.packed.multiply(x, self.bias)
 
 
 class FusedLinear:
@@ -42,10 +74,10 @@ class FusedLinear:
     the number of calls do not matter for the result.
     """
 
-    def __init__(self, parts: list[tuple[str, int]], weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, parts: list[tuple[str, int]], product: PackedLinear) -> None:
         self.parts = parts
         self.widths = [width for _, width in parts]
-        self.product = PackedLinear(weight, bias)
+        self.product = product
         self.x: Tensor | None = None
         self.results: Sequence[Tensor] = ()
 
@@ -80,7 +112,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def pack_linears(model: nn.Module, shared_inputs: Sequence[Sequence[str]]) -> int:
+def pack_linears(model: nn.Module, shared_inputs: Sequence[Sequence[str]], pack: Pack = OneDnnWeight) -> int:
     """Replace the stock linears of `model` by packed ones, those of one group in `shared_inputs` (module names) by a fused one.
 
     Linears with shared weights, with hooks or with a forward of their own (quantized) stay as they are. Returns how many linears
@@ -103,17 +135,55 @@ def pack_linears(model: nn.Module, shared_inputs: Sequence[Sequence[str]]) -> in
         if len(group) > 1 and all(name in plain for name in group):
             linears = [plain.pop(name) for name in group]
             weight = torch.cat([linear.weight for linear in linears])
-            fused = FusedLinear([(name, m.out_features) for name, m in zip(group, linears, strict=True)], weight, _join_bias(linears))
+            parts = [(name, linear.out_features) for name, linear in zip(group, linears, strict=True)]
+            fused = FusedLinear(parts, PackedLinear(weight, _join_bias(linears), pack))
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 _replace(model, name, FusedPart(fused, index, linear.in_features))
                 _forget(linear.weight)
             packed += len(group)
     while plain:
         name, linear = plain.popitem()
-        _replace(model, name, PackedLinear(linear.weight, linear.bias))
+        _replace(model, name, PackedLinear(linear.weight, linear.bias, pack))
         _forget(linear.weight)
         packed += 1
     return packed
+
+
+@torch.no_grad()
+def pack_tied_head(model: PreTrainedModel, pack: Pack = OneDnnWeight) -> bool:
+    """Let an output head that shares its weight with the input embedding multiply by a packed copy; False where there is none.
+
+    The head stays an nn.Linear with its weight; only its `forward` changes.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if type(head) is not nn.Linear or not isinstance(embedding, nn.Embedding) or head.weight is not embedding.weight or not _is_stock(head):
+        return False
+    packed, bias = pack(head.weight), None if head.bias is None else head.bias.detach()
+
+    def forward(x: Tensor) -> Tensor:
+        return packed.multiply(x, bias)
+
+    head.forward = forward  # type: ignore[method-assign]
+    if _is_in_file(head.weight):
+        _forget(head.weight)  # what is looked up comes back from the file
+    return True
+
+
+def _is_in_file(weight: Tensor) -> bool:
+    """Whether all of a weight's memory is an unchanged part of a mapped file."""
+    maps = Path("/proc/self/smaps")
+    if not maps.is_file():
+        return False
+    first, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
+    inside = False
+    for line in maps.read_text().splitlines():
+        head = line.split(maxsplit=5)
+        if "-" in head[0] and not head[0].endswith(":"):  # an address range opens a mapping's entry
+            low, high = (int(text, 16) for text in head[0].split("-"))
+            inside = low <= first and end <= high and len(head) == 6 and head[5].startswith("/")
+        elif inside and head[0] == "Private_Dirty:":
+            return head[1] == "0"
+    return False
 
 
 def _forget(weight: Tensor) -> None:
