@@ -57,6 +57,7 @@ ALIASES: dict[str, str] = {
     "early_stopping_patience": "early_stop_interval",
     "gradient_accumulation": "gradient_accumulation_steps",
     "padding_free": "packing",
+    "push_hub_strategy": "hub_strategy",
     # generation
     "max_tokens": "max_new_tokens",
     "stop": "stop_words",
@@ -84,7 +85,14 @@ VALUES: dict[str, dict[str, str]] = {
     "infer_backend": {"AUTO": "auto", "pt": "native", "transformers": "native"},
     "target_modules": {"ALL": "all-linear", "DEFAULT": "all-linear", "AUTO": "all-linear"},
     "report_to": {"all": "tensorboard"},
+    "fsdp": {"fsdp2": "full_shard", "full_shard auto_wrap": "full_shard", "shard_grad_op auto_wrap": "shard_grad_op"},
     "loss_scale": {"default+ignore_empty_think": "ignore_empty_think"},
+    "hub_strategy": {
+        "push_best": "end",
+        "push_last": "every_save",
+        "checkpoint": "every_save",
+        "all_checkpoints": "every_save",
+    },
     "metric_for_best_model": {
         **{f"eval_{name}": name for name in ("loss", "token_acc", "exact_match", "rouge-l")},
         "acc": "token_acc",
