@@ -9,8 +9,8 @@ usage: bench_lora.py MODEL [--adapters DIR ...] [--many DIR] [--json FILE] [--on
   memory   resident memory before adapters, with them, and after they are unloaded
 
 MODEL-lora0 ... (scripts/peers/make_model.py MODEL 8) are used when --adapters is not given. `many` writes its adapters (rank 8 on
-q and v, 2.3 MB each for the benchmark model) into --many once. Run on a quiet machine; ratios of one run count. TORCH_DTYPE sets the
-arithmetic (default: chosen as everywhere).
+q and v, 2.3 MB each for the benchmark model, nearly all of it holes in the files) into --many once. Run on a quiet machine; ratios
+of one run count. TORCH_DTYPE sets the arithmetic (default: chosen as everywhere).
 """
 
 from __future__ import annotations
@@ -155,32 +155,38 @@ def base(model: str, adapters: list[str], repeats: int = 5) -> dict[str, float]:
 
 
 def make_many(model: str, folder: Path, count: int) -> None:
-    """`count` adapters with random weights; each is written whole or not at all."""
-    from safetensors.torch import save_file
+    """`count` adapters, each written whole or not at all. The first layer's A and B are random, the rest are zeros in a file's hole:
+    they are read, checked and multiplied like any other, and take no disk."""
+    from safetensors.torch import save
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
     outs = {"q_proj": config.num_attention_heads * config.head_dim, "v_proj": config.num_key_value_heads * config.head_dim}
     settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(outs), "base_model_name_or_path": None}
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for name, out in outs.items():
+            key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            for part, shape in (("lora_A", (RANK, config.hidden_size)), ("lora_B", (out, RANK))):
+                tensors[f"{key}.{part}.weight"] = torch.zeros(shape, dtype=torch.bfloat16)
+    content = save(tensors)
+    start = 8 + int.from_bytes(content[:8], "little")
+    drawn = sum(tensor.numel() for tensor in list(tensors.values())[:4])
     for number in range(count):
         path = folder / f"m{number}"
         if path.is_dir():
             continue
-        generator = torch.Generator().manual_seed(number)
-        tensors = {}
-        for layer in range(config.num_hidden_layers):
-            for name, out in outs.items():
-                key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-                for part, shape in (("lora_A", (RANK, config.hidden_size)), ("lora_B", (out, RANK))):
-                    tensors[f"{key}.{part}.weight"] = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
         work = folder / f".m{number}"
         work.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, work / "adapter_model.safetensors")
+        values = torch.randn(drawn, generator=torch.Generator().manual_seed(number)) * 0.02
+        with open(work / "adapter_model.safetensors", "wb") as file:
+            file.write(content[:start] + values.bfloat16().view(torch.uint8).numpy().tobytes())
+            file.truncate(len(content))
         (work / "adapter_config.json").write_text(json.dumps(settings))
         work.rename(path)
 
 
-def many(model: str, folder: Path, count: int = COUNT, requests: int = 256, memory: int = 1 << 29) -> dict[str, float]:
+def many(model: str, folder: Path, count: int = COUNT, requests: int = 256, memory: int = 1 << 27) -> dict[str, float]:
     """Output tokens a second of mixed requests over `count` adapters by a power law, and over 5 of them."""
     make_many(model, folder, count)
     result: dict[str, float] = {"registered": count}
