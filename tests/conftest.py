@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.pair import Pair
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -111,3 +114,11 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    """pair("sft", ...): the command in two processes that train together."""
+    both = Pair()
+    yield both
+    both.close()

@@ -17,6 +17,12 @@ from tests.test_segments import rows
 CPU = torch.device("cpu")
 
 
+def head_of(weight, *settings) -> Head:
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight)
+    return Head(linear, *settings)
+
+
 def reference(hidden, weight, labels, scale, softcap, smoothing=0.0):
     logits = scale * (hidden @ weight.T)
     if softcap is not None:
@@ -39,7 +45,7 @@ def test_equals_torch(monkeypatch, scale, softcap, smoothing, trained_head):
     (want / 7).backward()
     wanted = [hidden.grad.clone(), weight.grad.clone() if trained_head else None]
     hidden.grad = weight.grad = None
-    got, hits = chunked_nll(hidden, labels, Head(weight, torch.float32, scale, softcap), smoothing)
+    got, hits = chunked_nll(hidden, labels, head_of(weight, torch.float32, scale, softcap), smoothing)
     (got / 7).backward()
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     torch.testing.assert_close(hidden.grad, wanted[0], rtol=1e-5, atol=1e-6)
@@ -54,14 +60,14 @@ def test_gradcheck_in_double():
     hidden = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(9, 6, dtype=torch.float64), requires_grad=False)
     labels = torch.randint(0, 9, (5,))
-    assert torch.autograd.gradcheck(lambda h: chunked_nll(h, labels, Head(weight, torch.float64, 0.7, 3.0))[0], (hidden,))
+    assert torch.autograd.gradcheck(lambda h: chunked_nll(h, labels, head_of(weight, torch.float64, 0.7, 3.0))[0], (hidden,))
 
 
 def test_loss_value_is_float32_in_bfloat16():
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 32).bfloat16(), torch.nn.Parameter(torch.randn(500, 32).bfloat16(), requires_grad=False)
     labels = torch.randint(0, 500, (300,))
-    got, _ = chunked_nll(hidden.requires_grad_(), labels, Head(weight, torch.bfloat16))
+    got, _ = chunked_nll(hidden.requires_grad_(), labels, head_of(weight, torch.bfloat16))
     want = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
@@ -112,7 +118,7 @@ def test_rounding_for_onednn_changes_nothing(make_model):
     assert rounded(batch).input_ids.shape[1] > batch.input_ids.shape[1]
     hidden = torch.randn(70, 48).bfloat16().requires_grad_()
     labels = torch.randint(0, 300, (70,))
-    head = Head(torch.nn.Parameter(torch.randn(300, 48).bfloat16()), torch.bfloat16)
+    head = head_of(torch.randn(300, 48).bfloat16(), torch.bfloat16)
     chunked_nll(hidden, labels, head)[0].backward()
     got = [hidden.grad.float(), head.weight.grad.float()]
     exact, weight = hidden.detach().float().requires_grad_(), head.weight.detach().float().requires_grad_()

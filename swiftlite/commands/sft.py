@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,12 @@ def _train(
 
         check_fit(state, resumed, fingerprint, total, ranks.world)
     from swiftlite.commands import answers
+    from swiftlite.train.push import Push
 
     positions = config.get_text_config().max_position_embeddings
     questions = answers.asked(options, conversations, template, positions)
+    push = Push.ready(options, _run_name(options)) if ranks.first else None
+    options.set("hub_token", None, "default")  # from here on settings are written down
     print(plan.describe())
     from swiftlite.train.show import with_mask
 
@@ -98,15 +101,21 @@ def _train(
     from swiftlite.train.loss import TargetLoss
     from swiftlite.train.optimizers import OptimizerSettings
 
-    full = options.tuner_type == "full"
+    full, sharded = options.tuner_type == "full", options.fsdp is not None
     torch.manual_seed(options.seed)
     began = time.perf_counter()
     model = load_model(
-        resumed if resumed and full else model_dir, torch.float32 if full else dtype, device, register(), **build.quantized(options, dtype)
+        resumed if resumed and full else model_dir,
+        torch.float32 if full else dtype,
+        torch.device("cpu") if sharded else device,
+        register(),
+        **build.quantized(options, dtype),
     )
     if options.quant_bits == 4 and device.type == "cpu":
         build.keep_layout(model)
     tuner: Any = Full(model, dtype, build.freezing(options)) if full else build.lora(options, model, start_from, resumed)
+    if tensors is not None:
+        tuner.load_masters(tensors.get("masters", {}))
     loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None, options.label_smoothing_factor)
     if options.neftune_noise_alpha is not None:
         neftune.attach(model, options.neftune_noise_alpha)
@@ -114,10 +123,11 @@ def _train(
     ready = time.perf_counter() - began
     print(f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {ready:.1f} s")
     build.checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained, ranks)
+    build.sharding(options, loss, device, everything)
     longest = min(positions, options.max_new_tokens + max((len(question.prompt) for question in questions), default=0))
     ask = answers.Answers(model, tuner, model_dir, tokenizer, template.stop_ids, options.max_new_tokens, longest, device)
     generate = answers.score(ask, questions, ranks) if options.predict_with_generate else None
-    shown = answers.Samples.chosen(options, ask, questions) if ranks.first else None
+    shown = answers.Samples.chosen(options, ask, questions) if ranks.first and not sharded else None
     if shown is not None and not resumed:
         shown.start()
 
@@ -142,14 +152,19 @@ def _train(
         checkpoint.clean(run)
         folder.write_args(run, args)
 
-    def save(directory: Path) -> None:
-        if full:
-            tuner.save(directory, str(model_dir), template.stop_ids)
-        else:
-            tuner.save(directory, str(model_dir))
-            write_generation_config(directory, model_dir, template.stop_ids)
-        template.save(directory)
-        folder.write_args(directory, args)
+    def collect() -> tuple[Callable[[Path], None], dict[str, Any]]:
+        weights = build.weights(tuner, loss, ranks, sharded)
+
+        def write(directory: Path) -> None:
+            if full:
+                tuner.save(directory, str(model_dir), template.stop_ids, weights)
+            else:
+                tuner.save(directory, str(model_dir), weights)
+                write_generation_config(directory, model_dir, template.stop_ids)
+            template.save(directory)
+            folder.write_args(directory, args)
+
+        return write, {"masters": tuner.masters(weights) if ranks.first else {}}
 
     save_steps = options.save_steps
     settings = LoopSettings(
@@ -164,15 +179,15 @@ def _train(
     history = state.get("log_history", [])
     with closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
         trainer = Trainer(
-            model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, save,
-            {"fingerprint": fingerprint, "data": report}, ranks, generate,
+            model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, collect,
+            {"fingerprint": fingerprint, "data": report}, ranks, generate, sharded,
+            push.send if push is not None and options.hub_strategy == "every_save" else None,
         )  # fmt: skip
         if resumed and tensors is not None:
-            tuner.load_masters(tensors.get("masters", {}))
             trainer.restore(state, tensors)
             print(f"resumed at step {trainer.progress.step} of {total}")
         torch.manual_seed(options.seed + 1 + ranks.rank) if not resumed else None  # dropout differs between processes
-        ended = trainer.run(lambda: {"masters": tuner.masters()})
+        ended = trainer.run()
         info = _info(trainer, run, ended, device)
         logbook.final({key: value for key, value in info.items() if key != "interrupted"})
         rows = logbook.rows
@@ -184,6 +199,8 @@ def _train(
     draw(rows, run / "images")
     told = shown.finish() if shown is not None and ended is None else []
     write_report(run, rows, options, args, report, samples[0], tokenizer, info, told)
+    if push is not None:
+        push.finish(info["best_model_checkpoint"] or info["last_model_checkpoint"])
     _goodbye(info, options)
     return info
 

@@ -150,7 +150,10 @@ class TrainOptions:
     save_only_model: bool = opt(False, "leave out the optimizer's state (no resuming)")
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
     deepspeed: str | None = opt(None, "not built yet: every process holds the whole model (NPROC_PER_NODE sets how many there are)")
-    fsdp: str | None = opt(None, "not built yet, as --deepspeed")
+    fsdp: str | None = opt(
+        None, "each of several processes (NPROC_PER_NODE) holds a share of the model: full_shard, or shard_grad_op, which is faster but "
+        "holds the whole model from the forward to the backward pass", ("full_shard", "shard_grad_op"),
+    )  # fmt: skip
     report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), or none")
     seed: int = opt(42, "seed of initialisation and dropout")
 
@@ -171,6 +174,19 @@ class EvaluationOptions:
     sample_answers: int | None = opt(
         None, "evaluation rows whose answers before and after training report.html shows; default: 4 where that takes seconds, else 0"
     )
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Where checkpoints also go."""
+
+    push_to_hub: bool = opt(False, "push checkpoints to ModelScope, or to Hugging Face with --use_hf; checked before training starts")
+    hub_model_id: str | None = opt(None, "repository to push to, name or owner/name; made where it is missing; default: the model's name")
+    hub_token: str | None = opt(
+        None, "token that may write there; default: MODELSCOPE_API_TOKEN or HF_TOKEN, or a saved login; never stored"
+    )
+    hub_private_repo: bool = opt(False, "a repository that is made is private")
+    hub_strategy: str = opt("every_save", "push after every save, or the best (or last) checkpoint once at the end", ("every_save", "end"))
 
 
 @dataclass(frozen=True)
@@ -263,7 +279,7 @@ class BenchOptions:
 COMMANDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "sft": (
         "fine-tune a model (LoRA or all weights)",
-        (ModelOptions, DataOptions, TemplateOptions, LoraOptions, TrainOptions, EvaluationOptions, CheckpointOptions),
+        (ModelOptions, DataOptions, TemplateOptions, LoraOptions, TrainOptions, EvaluationOptions, HubOptions, CheckpointOptions),
     ),
     "infer": (
         "chat in the terminal, or answer a dataset",

@@ -98,7 +98,9 @@ def checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[Any
     from swiftlite.train.loss import CHUNK_BYTES
 
     on, reason = options.gradient_checkpointing, "as asked"
-    if on is None:
+    if on is None and options.fsdp is not None:
+        on, reason = True, "who shards is short of memory; --gradient_checkpointing false is faster"
+    elif on is None:
         batch = collate(largest[:1], loss.device)
         tokens = sum(len(sample.ids) for sample in largest)
         model.train()
@@ -111,3 +113,24 @@ def checkpointing(options: Options, model: Any, loss: Any, largest: Sequence[Any
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     print(f"gradient checkpointing: {'on' if on else 'off'} ({reason})")
+
+
+def sharding(options: Options, loss: Any, device: Any, everything: int) -> None:
+    """--fsdp: split the model, on `device` from here on. `everything`: its number of parameters."""
+    if options.fsdp is None:
+        return
+    from swiftlite.train.shard import held, shard
+
+    shard(loss, device, options.fsdp)
+    mine = held(loss)
+    print(f"sharded ({options.fsdp}): this process holds {mine:,} of {everything:,} parameters ({mine / everything:.1%})")
+
+
+def weights(tuner: Any, loss: Any, ranks: Any, sharded: bool) -> dict[str, Any]:
+    """What a checkpoint's weights are made of; sharded: whole in the first process, {} in the others, all of which must call."""
+    if not sharded:
+        return dict(tuner.tensors())
+    from swiftlite.train.shard import drop_gathered, gather
+
+    drop_gathered(loss)
+    return gather(tuner.tensors(), ranks.first)

@@ -60,12 +60,13 @@ def check(options: Options) -> Path:
     if not options.dataset and not options.self_cognition_sample:
         raise UsageError("swift sft: which data?", fix="pass --dataset FILE.jsonl (or --self_cognition_sample N)")
     reporters.check(options.report_to)
-    for flag in ("deepspeed", "fsdp"):
-        if getattr(options, flag):
-            raise UsageError(
-                f"--{flag} is not built yet", "no process can hold a part of the model",
-                "leave it out: NPROC_PER_NODE alone trains with the whole model in every process",
-            )  # fmt: skip
+    if options.deepspeed:
+        raise UsageError(
+            "--deepspeed is not built", "torch shards by itself",
+            "--fsdp full_shard does what zero3 does, --fsdp shard_grad_op what zero2 does",
+        )  # fmt: skip
+    if options.fsdp is not None:
+        _check_fsdp(options)
     positive = (
         "logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size", "save_total_limit", "max_length", "early_stop_interval",
         "eval_limit", "max_new_tokens",
@@ -96,8 +97,23 @@ def check(options: Options) -> Path:
         raise UsageError(
             f"--metric_for_best_model {options.metric_for_best_model} needs answers", fix="add --predict_with_generate true"
         )  # fmt: skip
+    if options.predict_with_generate and options.fsdp:
+        raise UsageError("--predict_with_generate cannot run with --fsdp", "the engine needs the whole model in a process", "leave one out")
     if options.sample_answers is not None and options.sample_answers < 0:
         raise UsageError(f"--sample_answers must not be negative, got {options.sample_answers}")
     if not 0 <= options.lora_dropout < 1:
         raise UsageError(f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}")
     return resolve_model(name, options.model_revision, options.use_hf)
+
+
+def _check_fsdp(options: Options) -> None:
+    """UsageError for what cannot be sharded."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UsageError("--fsdp needs several processes to share the model", "this is one", "set NPROC_PER_NODE, or leave --fsdp out")
+    if options.optim not in ("adamw", "sgd"):
+        raise UsageError(f"--optim {options.optim} looks at whole matrices, --fsdp leaves a share", fix="use --optim adamw or sgd")
+    if options.sample_answers:
+        raise UsageError("--sample_answers cannot run with --fsdp", "the engine needs the whole model in a process", "leave one out")
+    peft = options.use_dora or options.lora_bias != "none" or options.init_weights != "true" or "all-embedding" in options.target_modules
+    if peft or options.quant_bits:
+        raise UsageError("--fsdp shards plain LoRA and full training", fix="leave out --fsdp, or the flags that ask for another adapter")

@@ -64,9 +64,13 @@ class Full:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
-    def masters(self) -> dict[str, Tensor]:
-        """What `save` rounds away; {} when nothing."""
-        return {} if self.dtype == torch.float32 else {name: p.detach().cpu() for name, p in self.named_parameters()}
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's state, tied weights under both names."""
+        return dict(self.model.state_dict(keep_vars=True))
+
+    def masters(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `save` rounds away of `tensors`; {} when nothing."""
+        return {} if self.dtype == torch.float32 else {name: weights[name].detach().cpu() for name, _ in self.named_parameters()}
 
     @torch.no_grad()
     def load_masters(self, masters: dict[str, Tensor]) -> None:
@@ -74,18 +78,20 @@ class Full:
             if name in masters:
                 parameter.copy_(masters[name])
 
-    def save(self, directory: Path, base: str, stop_ids: tuple[int, ...]) -> None:
-        """config.json, generation_config.json (with the template's stop ids) and safetensors. `base`: the model it began as."""
+    @torch.no_grad()
+    def save(self, directory: Path, base: str, stop_ids: tuple[int, ...], weights: dict[str, Tensor] | None = None) -> None:
+        """config.json, generation_config.json (with the template's stop ids) and safetensors. `base`: the model it began as;
+        `weights`: what `tensors` gave."""
         cast: dict[int, Tensor] = {}  # by address, so that tied weights stay tied
-        weights = {
+        saved = {
             name: cast.setdefault(tensor.data_ptr(), tensor.to(self.dtype)) if tensor.is_floating_point() else tensor
-            for name, tensor in self.model.state_dict().items()
+            for name, tensor in (weights or self.tensors()).items()
         }
         generation, self.model.generation_config = self.model.generation_config, GenerationConfig()  # saved by us: see below
         attention, self.model.config._attn_implementation = self.model.config._attn_implementation, "sdpa"
         try:
             with quiet():
-                self.model.save_pretrained(directory, state_dict=weights)
+                self.model.save_pretrained(directory, state_dict=saved)
         finally:
             self.model.generation_config, self.model.config._attn_implementation = generation, attention
         file = directory / "config.json"

@@ -37,6 +37,9 @@ from swiftlite.train.ranks import Ranks
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+Collect = Callable[[], tuple[Callable[[Path], None], dict[str, Any]]]  # -> (writes the weights into a folder, more tensors)
+
+
 class Tuner(Protocol):
     """What is trained: Lora or Full."""
 
@@ -88,16 +91,22 @@ class Trainer:
         settings: LoopSettings,
         folder: Path,
         logbook: Logbook,
-        save: Callable[[Path], None],
+        collect: Collect,
         extra_state: dict[str, Any],
         ranks: Ranks = Ranks(),
         generate: Callable[[Callable[[], bool]], dict[str, float] | None] | None = None,
+        sharded: bool = False,
+        saved: Callable[[Path], None] | None = None,
     ) -> None:
-        """`generate`: more values of an evaluation, from answers; it asks its argument whether to stop, and is None then."""
-        self.ranks, self.generate = ranks, generate
+        """`collect`: what a checkpoint holds, asked of every process; the first one writes it. `sharded`: by --fsdp.
+
+        `generate`: more values of an evaluation, from answers; it asks its argument whether to stop, and is None then.
+        `saved` gets every checkpoint that is on disk.
+        """
+        self.ranks, self.generate, self.sharded, self.saved = ranks, generate, sharded, saved
         self.model, self.tuner, self.loss, self.plan, self.schedule = model, tuner, loss, plan, schedule
         self.samples, self.evaluation, self.settings = samples, evaluation, settings
-        self.folder, self.logbook, self.save_model, self.extra_state = folder, logbook, save, extra_state
+        self.folder, self.logbook, self.collect, self.extra_state = folder, logbook, collect, extra_state
         self.device = loss.device
         self.named = list(tuner.named_parameters())
         self.parameters = [parameter for _, parameter in self.named]
@@ -127,52 +136,70 @@ class Trainer:
         if tensors["names"] != [name for name, _ in self.named]:  # the optimizer's state goes by position
             raise CheckpointError("cannot resume: the checkpoint trained other parameters than this run would", "the model differs")
         self.progress = Progress(**state["progress"])
-        self.optimizer.load_state_dict(tensors["optimizer"])
+        state_dict = tensors["optimizer"]
+        if self.sharded:
+            from swiftlite.train.shard import share_state
+
+            state_dict = share_state(self.optimizer, state_dict)
+        self.optimizer.load_state_dict(state_dict)
         self._set_random_state(tensors["random"][self.ranks.rank])
         window = tensors["window"]
         self.nll, self.hits = window["nll"].to(self.device), window["hits"].to(self.device)
         self.targets, self.tokens = window["targets"], window["tokens"]
 
-    def save(self, tensors: Callable[[], dict[str, Any]] = dict) -> Path:
+    def save(self) -> Path:
         """Write checkpoint-<step> and delete what --save_total_limit no longer keeps."""
         started = time.perf_counter()
         settings = self.settings
         content = None
         random = self.ranks.gather(self._random_state())
+        write, more = self.collect()
+        optimizer = None if settings.save_only_model else self._optimizer_state()
         final = self.folder / f"checkpoint-{self.progress.step}"
         self.progress.last_model_checkpoint = str(final)
         if not self.ranks.first:
             return final
-        if not settings.save_only_model:
+        if optimizer is not None:
             window = {"nll": self.nll, "hits": self.hits, "targets": self.targets, "tokens": self.tokens}
             content = {
                 "names": [name for name, _ in self.named],
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "random": random,
                 "window": window,
-                **tensors(),
+                **more,
             }
         state = {
             **self.extra_state, "processes": self.ranks.world, "global_step": self.progress.step, "epoch": self._epoch(),
             "total_steps": self.schedule.total,
             "progress": vars(self.progress), "log_history": self.logbook.rows,
         }  # fmt: skip
-        checkpoint.write(self.folder, self.progress.step, state, content, self.save_model)
+        checkpoint.write(self.folder, self.progress.step, state, content, write)
         checkpoint.rotate(self.folder, settings.save_total_limit, self.progress.best_model_checkpoint)
         if settings.symlinks:
             checkpoint.link(self.folder, "last", final)
             if self.progress.best_model_checkpoint is not None:
                 checkpoint.link(self.folder, "best", Path(self.progress.best_model_checkpoint))
         self.logbook.say(f"saved {final} ({time.perf_counter() - started:.1f} s)")
+        if self.saved is not None:
+            self.saved(final)
         return final
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        if not self.sharded:
+            return state
+        from swiftlite.train.shard import gather_state
+
+        whole: dict[str, Any] = gather_state(state, self.ranks.first)
+        return whole
 
     def _epoch(self) -> float:
         return round(self.progress.step / self.plan.steps_per_epoch, 4)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def run(self, masters: Callable[[], dict[str, Any]] = dict) -> signal.Signals | None:
-        """Train to the end; returns the signal that ended it early, after saving. `masters`: more tensors for checkpoints.
+    def run(self) -> signal.Signals | None:
+        """Train to the end; returns the signal that ended it early, after saving.
 
         TrainError when the loss is no number or nothing gets a gradient; CheckpointError when a checkpoint cannot be written.
         """
@@ -204,7 +231,7 @@ class Trainer:
                         self._check_finite(norm)
                         if better:
                             self.progress.best_model_checkpoint = str(self.folder / f"checkpoint-{step}")
-                        self.save(masters)
+                        self.save()
                     if stopping := self._stopping(stop):
                         return stopping if step < total else None
                     if enough:
@@ -213,7 +240,7 @@ class Trainer:
                         return None
                 saved = self.progress.last_model_checkpoint == str(self.folder / f"checkpoint-{self.progress.step}")
                 if self._stopping(stop) and self.progress.step > 0 and not saved:
-                    self.save(masters)
+                    self.save()
                 return self._stopping(stop)
         finally:
             gc.unfreeze()
@@ -222,28 +249,34 @@ class Trainer:
         """One optimizer step; (gradient norm, learning rate). (None, 0) when a signal came before the weights changed."""
         passes = self.plan.step(number)
         targets = sum(int(self.samples[i].mask[1:].sum()) for rows in passes for i in rows)  # of all processes
-        batches = [collate([self.samples[i] for i in rows], self.device) for rows in passes[self.ranks.rank :: self.ranks.world]]
+        mine = self.ranks.share(passes, even=self.sharded)
+        batches = [(collate([self.samples[i] for i in rows], self.device), counts) for rows, counts in mine]
         total_nll, total_hits = torch.zeros_like(self.nll), torch.zeros_like(self.hits)
-        for batch in batches:
+        for batch, counts in batches:
             if stop.signal is not None and self.ranks.world == 1:
                 self.optimizer.zero_grad(set_to_none=True)
                 return None, 0.0
             nll, hits = self.loss(batch)
             if check and not nll.requires_grad:
                 raise TrainError("nothing learns: the loss depends on no trained parameter", self._frozen(), "check --target_modules")
-            (nll / targets).backward()
-            total_nll += nll.detach()
-            total_hits += hits
+            (nll / targets if counts else 0 * nll).backward()
+            if counts:
+                total_nll += nll.detach()
+                total_hits += hits
         if self.ranks.world > 1:
             self._share(total_nll, total_hits, stop, check)
         self.nll += total_nll
         self.hits += total_hits
         self.targets += targets
         self.tokens += sum(len(self.samples[i].ids) for rows in passes for i in rows)
-        if check:
-            self._check_gradients()
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
+        if self.sharded:
+            from swiftlite.train.shard import whole
+
+            norm = whole(norm)
+        if check:
+            self._check_gradients(norm)
         if self.settings.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
         rate = self.schedule(number)
@@ -256,17 +289,19 @@ class Trainer:
     def _share(self, nll: torch.Tensor, hits: torch.Tensor, stop: Interrupt, check: bool) -> None:
         """Sum the step's gradients and counts over the processes, and let all hear of a signal that one of them got.
 
-        A process without a pass in this step adds zeros. A parameter that no process uses keeps no gradient, as in one.
+        Sharded gradients are summed already, by the backward pass. A process without a pass in this step adds zeros. A
+        parameter that no process uses keeps no gradient, as in one.
         """
-        if check:
+        if check and not self.sharded:
             used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.float32, device=self.device)
             self.ranks.sum([used])
             self.used = [p for p, yes in zip(self.parameters, used.tolist(), strict=True) if yes]
-        for parameter in self.used:
+        shared = [] if self.sharded else self.used
+        for parameter in shared:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         told = torch.tensor([stop.signal == number for number in SIGNALS], dtype=torch.int64)  # on the host: no wait for a GPU
-        self.ranks.sum([*(p.grad for p in self.used if p.grad is not None), nll, hits])
+        self.ranks.sum([*(p.grad for p in shared if p.grad is not None), nll, hits])
         self.ranks.sum([told])
         self.heard = next((number for number, count in zip(SIGNALS, told.tolist(), strict=True) if count), None)
 
@@ -299,14 +334,15 @@ class Trainer:
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.eval()
-        for rows in self.eval_passes[self.ranks.rank :: self.ranks.world]:
+        for rows, counts in self.ranks.share(self.eval_passes, even=self.sharded):
             if stop.signal is not None and self.ranks.world == 1:
                 self.model.train()
                 return False
             batch = collate([self.evaluation[i] for i in rows], self.device)
             batch_nll, batch_hits = self.loss(batch)
-            nll += batch_nll
-            hits += batch_hits
+            if counts:
+                nll += batch_nll
+                hits += batch_hits
         self.model.train()
         self.ranks.sum([nll, hits])
         targets = sum(int(sample.mask[1:].sum()) for sample in self.evaluation)
@@ -341,10 +377,10 @@ class Trainer:
         names = [name for name, parameter in self.named if parameter.grad is None]
         return f"no gradient reached {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} of {len(self.named)} tensors)"
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self, norm: torch.Tensor) -> None:
         """After the first step's backward: something must learn."""
         missing = [name for name, parameter in self.named if parameter.grad is None]
-        if all(parameter.grad is None or not parameter.grad.any() for parameter in self.parameters):
+        if norm == 0:
             raise TrainError(
                 "nothing learns: every gradient of the first step is zero", self._frozen(), "check --target_modules and the data"
             )

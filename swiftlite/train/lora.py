@@ -180,15 +180,15 @@ class Lora:
             for key, parameter in whole.whole.named_parameters():
                 yield f"{name}.{key}", parameter
 
-    def masters(self) -> dict[str, Tensor]:
+    def masters(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """{}: `save` rounds nothing away."""
         return {}
 
     def load_masters(self, masters: dict[str, Tensor]) -> None:
         pass
 
-    def save(self, directory: Path, base: str) -> None:
-        """Write PEFT's two files. `base` is the base model's path or id."""
+    def save(self, directory: Path, base: str, weights: dict[str, Tensor] | None = None) -> None:
+        """Write PEFT's two files. `base` is the base model's path or id, `weights` what `tensors` gave."""
         from safetensors.torch import save_file
 
         targets = self.spec.target_modules
@@ -201,7 +201,8 @@ class Lora:
             "modules_to_save": list(self.copies) or None, "rank_pattern": {}, "alpha_pattern": {},
         }  # fmt: skip
         (directory / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        save_file({key: tensor.contiguous().cpu() for key, tensor in self.tensors().items()}, directory / WEIGHTS, {"format": "pt"})
+        weights = weights or self.tensors()
+        save_file({key: tensor.contiguous().cpu() for key, tensor in weights.items()}, directory / WEIGHTS, {"format": "pt"})
 
     def load(self, directory: Path) -> None:
         """Take over the weights of a PEFT directory. AdapterError when names or shapes differ from this model's."""

@@ -31,10 +31,14 @@ CHUNK_BYTES = 128 << 20  # of float32 logits
 class Head:
     """logits = cap(scale * hidden @ weight.T), cap(z) = softcap * tanh(z / softcap)."""
 
-    weight: nn.Parameter  # [V, D]
+    module: nn.Module  # that owns the weight: where parameters are sharded it is another tensor in every pass
     dtype: torch.dtype  # of the products
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def weight(self) -> Tensor:  # [V, D]
+        return self.module.get_parameter("weight")
 
     def logits(self, hidden: Tensor) -> Tensor:  # [N, D] -> [N, V] float32
         z = F.linear(hidden.to(self.dtype), self.weight.to(self.dtype)).float()
@@ -134,17 +138,22 @@ def chunked_nll(hidden: Tensor, labels: Tensor, head: Head, smoothing: float = 0
     return _ChunkedNLL.apply(hidden, head.weight, labels, head, smoothing)
 
 
-class TargetLoss:
+class TargetLoss(nn.Module):
     """A model's loss on a Batch. `autocast`: the dtype of matrix products where the parameters are float32 masters;
-    `smoothing`: of the labels, in training mode only."""
+    `smoothing`: of the labels, in training mode only. A module, so that every use of a parameter lies in one forward."""
 
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None, smoothing: float = 0.0) -> None:
+        super().__init__()
         self.model, self.autocast, self.smoothing = model, autocast, smoothing
-        self.device = next(model.parameters()).device
         self.onednn = self.device.type == "cpu" and (autocast or model.dtype) == torch.bfloat16
         self.head = self._plain_head()
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; sharding may move it."""
+        return next(self.model.parameters()).device
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed NLL of the batch's targets, hits)."""
         smoothing = self.smoothing if self.model.training else 0.0
         if self.onednn:
@@ -180,7 +189,7 @@ class TargetLoss:
             return None
         config = self.model.config.to_dict()
         scale = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1)
-        head = Head(module.weight, dtype or module.weight.dtype, scale, config.get("final_logit_softcapping"))
+        head = Head(module, dtype or module.weight.dtype, scale, config.get("final_logit_softcapping"))
         ids = torch.arange(4, device=self.device)[None]
         training = self.model.training
         self.model.eval()

@@ -105,23 +105,27 @@ class PeftLora:
             if parameter.requires_grad:
                 yield name, parameter
 
-    def masters(self) -> dict[str, Tensor]:
-        """All that is trained: what `save` writes may be a difference."""
-        return {name: parameter.detach().cpu() for name, parameter in self.named_parameters()}
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is trained."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def masters(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of `tensors`: what `save` writes may be a difference."""
+        return {name: tensor.cpu() for name, tensor in weights.items()}
 
     @torch.no_grad()
     def load_masters(self, masters: dict[str, Tensor]) -> None:
         for name, parameter in self.named_parameters():
             parameter.copy_(masters[name])
 
-    def save(self, directory: Path, base: str) -> None:
-        """PEFT's two files. `base` is the base model's path or id."""
+    def save(self, directory: Path, base: str, weights: dict[str, Tensor] | None = None) -> None:
+        """PEFT's two files, by PEFT from its own layers. `base` is the base model's path or id."""
         config: Any = self.adapted.peft_config["default"]
         config.base_model_name_or_path = base
         if self.began:
             with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():  # PEFT makes a second adapter on the way
                 start = Path(folder) / "start"
-                now = {name: tensor.clone() for name, tensor in self.masters().items()}
+                now = {name: tensor.clone() for name, tensor in self.tensors().items()}
                 mode, config.init_lora_weights = config.init_lora_weights, True
                 training = self.adapted.training
                 self.load_masters(self.began)

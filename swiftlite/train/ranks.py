@@ -1,8 +1,9 @@
 """Several processes that train one model: who this one is, and the few things they tell each other.
 
-Every process holds the whole model and all rows, and computes its share of a step's forward passes; gradients are summed
-once a step. The process that is alone needs no process group, so torch.distributed is not touched there. The environment is
-torchrun's (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), set by `launch` or by torchrun itself.
+Every process holds all rows and the whole model (with --fsdp a share of it: shard.py), and computes its share of a step's
+forward passes; gradients are summed once a step. The process that is alone needs no process group, so torch.distributed is
+not touched there. The environment is torchrun's (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT),
+set by `launch` or by torchrun itself.
 
 Does not know: models, rows, the loop.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -99,6 +100,12 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def share(self, passes: Sequence[Value], even: bool) -> list[tuple[Value, bool]]:
+        """This process's passes, each with whether it counts. `even`: all processes get as many, some of which do not count."""
+        own = [(one, True) for one in passes[self.rank :: self.world]]
+        idle = even and len(own) < -(-len(passes) // self.world)
+        return [*own, (passes[0], False)] if idle else own
 
     def gather(self, value: Value) -> list[Value]:
         """Everyone's value, by rank."""
