@@ -6,18 +6,16 @@ model is loaded, and nothing is written before everything is checked.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from swiftlite import __version__
-from swiftlite.errors import DataError
 from swiftlite.options.parse import Options
 from swiftlite.options.resolve import as_json
 
@@ -58,7 +56,8 @@ def _train(
     from swiftlite.chat.template import Template
     from swiftlite.models.device import TORCH_DTYPES, choose_dtype
     from swiftlite.models.loading import load_config, load_tokenizer
-    from swiftlite.train.plan import Plan, Schedule
+    from swiftlite.train import material
+    from swiftlite.train.plan import Schedule
 
     config = load_config(model_dir)
     dtype = TORCH_DTYPES[saved["resolved"]["torch_dtype"]] if resumed else choose_dtype(options.torch_dtype, device, _dtype_name(config))
@@ -66,26 +65,18 @@ def _train(
     tokenizer = load_tokenizer(model_dir)
     template = Template.load(model_dir, tokenizer, name=options.template, system=options.system)
     max_length = _max_length(options, config)
-    samples, evaluation, conversations, report = _rows(options, template, max_length)
-    if not samples:
-        raise DataError("no row is left to train on", "every row was dropped; the table says why", "check --dataset and --max_length")
-
-    _batch_size(options, samples, ranks.world)
-    plan = Plan.make(
-        [len(s.ids) for s in samples], options.per_device_train_batch_size, options.gradient_accumulation_steps,
-        options.packing, options.dataset_shuffle, options.data_seed, ranks.world,
-    )  # fmt: skip
+    rows = material.prepare(options, template, max_length, ranks.world)
+    samples, evaluation, plan = rows.samples, rows.evaluation, rows.plan
     total = plan.total_steps(options.num_train_epochs, options.max_steps)
-    fingerprint = _fingerprint(samples)
     if resumed:
         from swiftlite.train.resume import check_fit
 
-        check_fit(state, resumed, fingerprint, total, ranks.world)
+        check_fit(state, resumed, rows.fingerprint, total, ranks.world)
     from swiftlite.commands import answers
     from swiftlite.train.push import Push
 
     positions = config.get_text_config().max_position_embeddings
-    questions = answers.asked(options, conversations, template, positions)
+    questions = answers.asked(options, rows.conversations, template, positions)
     push = Push.ready(options, _run_name(options)) if ranks.first else None
     options.set("hub_token", None, "default")  # from here on settings are written down
     print(plan.describe())
@@ -180,28 +171,29 @@ def _train(
     with closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
         trainer = Trainer(
             model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, collect,
-            {"fingerprint": fingerprint, "data": report}, ranks, generate, sharded,
+            {"fingerprint": rows.fingerprint, "data": rows.table()}, ranks, generate, sharded,
             push.send if push is not None and options.hub_strategy == "every_save" else None,
         )  # fmt: skip
         if resumed and tensors is not None:
             trainer.restore(state, tensors)
+            plan.resume(state)
             print(f"resumed at step {trainer.progress.step} of {total}")
         torch.manual_seed(options.seed + 1 + ranks.rank) if not resumed else None  # dropout differs between processes
         ended = trainer.run()
         info = _info(trainer, run, ended, device)
         logbook.final({key: value for key, value in info.items() if key != "interrupted"})
-        rows = logbook.rows
+        logged = logbook.rows
     if not ranks.first:
         return info
     from swiftlite.train.plots import draw
     from swiftlite.train.report import write_report
 
-    draw(rows, run / "images")
+    draw(logged, run / "images")
     told = shown.finish() if shown is not None and ended is None else []
-    write_report(run, rows, options, args, report, samples[0], tokenizer, info, told)
+    write_report(run, logged, options, args, rows.table(), samples[0], tokenizer, info, told)
+    _goodbye(info, options)
     if push is not None:
         push.finish(info["best_model_checkpoint"] or info["last_model_checkpoint"])
-    _goodbye(info, options)
     return info
 
 
@@ -242,38 +234,6 @@ def _max_length(options: Options, config: Any) -> int:
     if options.max_length > limit:
         print(f"note: --max_length {options.max_length} is more than the model's {limit} positions; using {limit}")
     return min(options.max_length, limit)
-
-
-def _rows(options: Options, template: Any, max_length: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any], str]:
-    from swiftlite.data.loading import load_training
-
-    began = time.perf_counter()
-    samples, evaluation, conversations, report = load_training(options, template, max_length)
-    table = report.table()
-    print(f"{table}\nrows encoded in {time.perf_counter() - began:.1f} s, at most {max_length} tokens a row")
-    return samples, evaluation, conversations, table
-
-
-def _batch_size(options: Options, samples: Sequence[Any], ranks: int) -> None:
-    """Where both sizes are left to us: as few forward passes a step as memory and the model's speed gain from."""
-    if options.given("per_device_train_batch_size") or options.given("gradient_accumulation_steps"):
-        return
-    from swiftlite.train.plan import PASS_TOKENS, ROWS_A_STEP, rows_a_pass
-
-    rows = rows_a_pass(sum(len(s.ids) for s in samples) / len(samples), ranks)
-    options.set("per_device_train_batch_size", rows, "chosen")
-    options.set("gradient_accumulation_steps", max(1, ROWS_A_STEP // rows // ranks), "chosen")
-    if not options.given("per_device_eval_batch_size"):
-        options.set("per_device_eval_batch_size", rows, "chosen")
-    print(f"batch size: {rows} rows a forward pass (chosen: {ROWS_A_STEP} rows a step, at most about {PASS_TOKENS} tokens a pass)")
-
-
-def _fingerprint(samples: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.ids.tobytes())
-        digest.update(sample.mask.tobytes())
-    return digest.hexdigest()
 
 
 # -- after -------------------------------------------------------------------------------------------------------------

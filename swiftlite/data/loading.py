@@ -66,7 +66,7 @@ def _reader(options: Options, labelled: bool = True) -> Reader:
 
 def _choose(options: Options, labelled: bool = True) -> Choice:
     """Reads every dataset once. The training rows are sampled, with self-cognition, and shuffled."""
-    ratio = options.split_dataset_ratio
+    ratio = 0.0 if options.streaming else options.split_dataset_ratio
     if not 0 <= ratio < 1:
         raise UsageError(f"--split_dataset_ratio must lie in [0, 1), got {ratio}")
     if options.data_seed < 0:

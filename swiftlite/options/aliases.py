@@ -24,6 +24,7 @@ ALIASES: dict[str, str] = {
     "custom_dataset_info": "dataset_info",
     "interleave_probs": "interleave_prob",
     "max_seq_length": "max_length",
+    "shuffle_buffer": "shuffle_buffer_size",
     "train_dataset_shuffle": "dataset_shuffle",
     # checkpoint
     "resume_from": "resume_from_checkpoint",

@@ -70,6 +70,8 @@ class DataOptions:
         ("default", "last_round", "all", "ignore_empty_think", "last_round+ignore_empty_think"),
     )
     strict: bool = opt(False, "fail on the first bad row instead of counting it")
+    streaming: bool = opt(False, "read and encode rows while training, block by block; needs --max_steps, memory holds one block")
+    shuffle_buffer_size: int = opt(1000, "rows in a block of --streaming: shuffled and packed within it")
     dataset_shuffle: bool = opt(True, "shuffle the training rows")
     data_seed: int = opt(42, "seed of sampling, splitting and shuffling")
 

@@ -33,6 +33,7 @@ from swiftlite.train.loss import TargetLoss
 from swiftlite.train.optimizers import OptimizerSettings, build
 from swiftlite.train.plan import Plan, Schedule
 from swiftlite.train.ranks import Ranks
+from swiftlite.train.streaming import StreamPlan
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -83,7 +84,7 @@ class Trainer:
         model: nn.Module,
         tuner: Tuner,
         loss: TargetLoss,
-        plan: Plan,
+        plan: Plan | StreamPlan,
         schedule: Schedule,
         samples: Sequence[Sample],
         evaluation: Sequence[Sample],
@@ -169,7 +170,8 @@ class Trainer:
                 **more,
             }
         state = {
-            **self.extra_state, "processes": self.ranks.world, "global_step": self.progress.step, "epoch": self._epoch(),
+            **self.extra_state, **self.plan.state(),
+            "processes": self.ranks.world, "global_step": self.progress.step, "epoch": self._epoch(),
             "total_steps": self.schedule.total,
             "progress": vars(self.progress), "log_history": self.logbook.rows,
         }  # fmt: skip

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -123,6 +124,13 @@ class Plan:
         steps = self.epoch(epoch)
         # A packer may need one pass more or less from one epoch to the next; steps per epoch are fixed by the first.
         return steps[within] if within < len(steps) else steps[within % len(steps)]
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: the step's number says it all."""
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """See `state`."""
 
     def total_steps(self, epochs: float, max_steps: int) -> int:
         return max_steps if max_steps > 0 else max(1, math.ceil(epochs * self.steps_per_epoch))
