@@ -36,7 +36,8 @@ def root(model_dir, make_adapter, make_model, tmp_path_factory) -> Path:
     for seed in range(COUNT):
         shutil.copytree(make_adapter(model_dir, seed), folder / f"a{seed}")
     shutil.copytree(make_adapter(make_model("llama", intermediate_size=96), 5), folder / "other-base")
-    shutil.copytree(make_adapter(model_dir, 6, rank=16, target_modules=["q_proj"]), folder / "wide")
+    shutil.copytree(make_adapter(model_dir, 6, rank=513, target_modules=["q_proj"]), folder / "wide")
+    shutil.copytree(make_adapter(model_dir, 7, rank=512, lora_alpha=64, target_modules=["q_proj", "down_proj"]), folder / "rank512")
 
     def broken(name: str) -> Path:
         shutil.copytree(folder / "a0", folder / name)
@@ -75,10 +76,10 @@ def expected(model_dir, root) -> dict[str | None, list[int]]:
     from peft import PeftModel
 
     found: dict[str | None, list[int]] = {}
-    for name in (None, *(f"a{i}" for i in range(COUNT))):
+    for name in (None, *(f"a{i}" for i in range(COUNT)), "rank512"):
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
         found[name] = hf(PeftModel.from_pretrained(model, root / name).eval() if name else model, PROMPT)
-    assert len(set(map(tuple, found.values()))) == COUNT + 1
+    assert len(set(map(tuple, found.values()))) == COUNT + 2
     return found
 
 
@@ -108,7 +109,7 @@ def service(model_dir):
     from swiftlite.engine.engine import Engine
     from swiftlite.server.service import Service
 
-    engine = Engine(model_dir, EngineConfig(num_blocks=256, max_num_seqs=32, max_lora_rank=8), dtype="float32", device="cpu")
+    engine = Engine(model_dir, EngineConfig(num_blocks=256, max_num_seqs=32, max_lora_rank=512), dtype="float32", device="cpu")
     made = Service(engine, Template.load(model_dir, engine.tokenizer), "tiny-llama", aliases=("org/tiny",))
     yield made
     made.close()
@@ -216,7 +217,7 @@ def test_two_names_for_one_directory_share_their_weights(port, service, expected
         ("half", 400, "not a whole safetensors file"),
         ("huge-header", 400, "not a whole safetensors file"),
         ("rank0", 400, "rank must be at least 1"),
-        ("wide", 400, "has rank 16"),
+        ("wide", 400, "has rank 513"),
         ("other-base", 400, "belongs to another base model"),
         ("prefixed", 400, "belongs to another base model"),
         ("..", 403, "not inside"),
@@ -266,6 +267,77 @@ def test_off_unless_allowed_and_behind_the_admin_key(service, root) -> None:
         assert call(port, "/v1/unload_lora_adapter", {"lora_name": "x"})[0] == 401
         assert call(port, "/v1/models")[0] == 200
         assert call(port, "/v1/unload_lora_adapter", {"lora_name": "x"}, "boss")[0] == 200
+
+
+def test_rank_512_is_served(port, expected) -> None:
+    assert load(port, "x", "rank512")[0] == 200 and states(port)["x"]["rank"] == 512
+    assert ask(port, "x") == expected["rank512"]
+
+
+@pytest.mark.parametrize("where", ["pack", "lanes", "store"])
+def test_a_load_that_fails_half_way_leaves_nothing(port, service, expected, monkeypatch, where) -> None:
+    """Out of memory in the middle of it: the name keeps what it had, no slot and no byte stays taken, and the next load works."""
+    load(port, "x", "a0")
+    lora = service.engine.runner.lora
+    owner = lora.store if where == "store" else lora._native
+    if owner is None:
+        pytest.skip("no C++ compiler")
+
+    def fail(*args) -> None:
+        raise MemoryError("/secret/path")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, fail)
+        for name, inplace in (("new", False), ("x", True)):
+            code, text = load(port, name, "a1", load_inplace=inplace)
+            assert code == 500 and json.loads(text)["error"]["type"] == "InternalServerError" and "secret" not in text
+    assert list(states(port)) == ["x"] and lora.store.used_slots == 1 and lora._memory.reserved == 0
+    assert ask(port, "x") == expected["a0"]
+    assert load(port, "new", "a1")[0] == 200 and ask(port, "new") == expected["a1"]
+
+
+def test_a_directory_that_vanishes_while_it_is_read(port, root, expected, monkeypatch) -> None:
+    from swiftlite.adapters import directory
+
+    shutil.copytree(root / "a3", root / "fleeting")
+    real = directory.read_config
+
+    def read_config(path: Path):
+        found = real(path)
+        shutil.rmtree(path)
+        return found
+
+    monkeypatch.setattr(directory, "read_config", read_config)
+    code, text = load(port, "x", "fleeting")
+    assert code == 400 and "cannot read fleeting/adapter_model.safetensors" in text and str(root) not in text
+    assert states(port) == {}
+
+
+def test_a_directory_that_vanishes_before_its_first_request(port, service, root, expected) -> None:
+    """As --adapter_dir does it: the name is known, the weights are read when they are wanted."""
+    shutil.copytree(root / "a2", root / "later")
+    service.add_adapter("x", root / "later", read=False)
+    service.add_adapter("y", root / "a2", read=False)
+    os.rename(root / "later", root / "elsewhere")
+    for body in ({"prompt": PROMPT}, {"prompt": PROMPT, "stream": True}):
+        code, text = call(port, "/v1/completions", {"model": "x", **body})
+        error = json.loads(text.removeprefix("data: ").split("\n")[0])["error"] if body.get("stream") else json.loads(text)["error"]
+        assert (code == 200) == bool(body.get("stream")) and error["code"] == 500 and str(root) not in text, text
+    assert ask(port, "y") == expected["a2"]
+    os.rename(root / "elsewhere", root / "later")
+    assert ask(port, "x") == expected["a2"]
+    shutil.rmtree(root / "later")
+
+
+def test_two_unloads_of_one_name_at_once(port) -> None:
+    load(port, "x", "a0")
+    results: list[int] = []
+    threads = [threading.Thread(target=lambda: results.append(unload(port, "x")[0])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [200, 404, 404, 404]
 
 
 def test_two_loads_of_one_name_at_once(port, expected) -> None:

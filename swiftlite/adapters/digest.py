@@ -34,16 +34,22 @@ class Hashing:
     """The digest of `first` (small), then `data`. It begins at once, in another thread."""
 
     def __init__(self, first: bytes, data: memoryview, way: Lanes = lanes) -> None:
-        self._first, self._data, self._way, self._digest = first, data, way, ""
+        self._first, self._data, self._way = first, data, way
+        self._digest: str | Exception = ""
         self._thread = threading.Thread(target=self._run, name="adapter-digest", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         size = len(self._data).to_bytes(8, "little")
-        self._digest = hashlib.sha256(hashlib.sha256(self._first).digest() + size + self._way(self._data)).hexdigest()
+        try:
+            self._digest = hashlib.sha256(hashlib.sha256(self._first).digest() + size + self._way(self._data)).hexdigest()
+        except Exception as error:  # out of memory: nobody may take what is there for a digest
+            self._digest = error
         self._data = memoryview(b"")
 
     def result(self) -> str:
-        """64 hexadecimal digits."""
+        """64 hexadecimal digits. Raises what went wrong."""
         self._thread.join()
+        if isinstance(self._digest, Exception):
+            raise self._digest
         return self._digest

@@ -273,6 +273,7 @@ class LoraManager:
                 error = f"{caught.what}: {caught.why}" if caught.why else caught.what
             except Exception as caught:  # a bug of ours must not keep requests waiting for ever
                 error = f"the adapter could not be loaded: {type(caught).__name__}: {caught}"
+            error = error.replace(version.path, version.name)  # a client may see it, who need not know our folders
             with self._lock:
                 self._wanted.popleft()
                 waiters, version.waiters = version.waiters, []
