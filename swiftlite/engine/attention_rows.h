@@ -181,7 +181,10 @@ void run_rows(const Args& a, const Task& task, std::vector<float>& scratch) {
             std::copy(acc + r * dim, acc + (r + 1) * dim, to + 2);
         } else {
             T* out = (T*)a.out + ((int64_t)task.query * a.heads + task.head * group + r) * dim;
-            for (int d = 0; d < dim; d++) put(out + d, acc[r * dim + d] / total[r]);
+            const float* from = acc + r * dim;
+            int d = 0;
+            for (; d + 16 <= dim; d += 16) store(out + d, load(from + d) / total[r]);
+            for (; d < dim; d++) put(out + d, from[d] / total[r]);
         }
     }
 }
