@@ -1,4 +1,7 @@
-"""Several processes through the real command: equal to one, resumed, stopped, and explained when they fail."""
+"""Several processes through the real command: equal to one, resumed, stopped, and explained when they fail.
+
+What the launcher itself does starts processes; the rest shares two warm ones (pair.py): most of a start is importing.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from swiftlite import cli
 from swiftlite.errors import UsageError
 from swiftlite.train import launch
 from tests.test_sft import PAIRS, assert_close, training, trajectory
@@ -33,18 +37,8 @@ def words(make_model, data) -> list[str]:
     return ["--model", str(make_model("qwen3", tie_word_embeddings=True)), "--dataset", str(data)]
 
 
-def environment(processes: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **({"NPROC_PER_NODE": str(processes)} if processes > 1 else {})}
-
-
-def run(processes: int, *flags: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "swiftlite.cli", "sft", *COMMON[: 0 if "--resume_from_checkpoint" in flags else None], *flags],
-        env=environment(processes), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+def launched() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2"}
 
 
 def folder(out: Path) -> Path:
@@ -53,24 +47,12 @@ def folder(out: Path) -> Path:
 
 
 @pytest.mark.parametrize("tuner", ["lora", "full"])
-def test_two_processes_equal_one_and_resume(tuner, tmp_path, words):
+def test_two_processes_equal_one_and_resume(tuner, tmp_path, words, pair, capsys):
     """20 rows, 8 a step in passes of 2: the last step of an epoch has one pass for two processes."""
-    flags = [
-        *words,
-        "--tuner_type",
-        tuner,
-        "--max_steps",
-        "6",
-        "--split_dataset_ratio",
-        "0.1",
-        "--save_steps",
-        "3",
-        "--save_total_limit",
-        "9",
-    ]
-    flags += ["--packing", "false", "--eval_steps", "3"]
-    run(1, *flags, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one"))
-    printed = run(2, *flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two"))
+    flags = ["sft", *COMMON, *words, "--tuner_type", tuner, "--max_steps", "6", "--split_dataset_ratio", "0.1", "--packing", "false"]
+    flags += ["--save_steps", "3", "--save_total_limit", "9", "--eval_steps", "3"]
+    assert cli.main([*flags, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one")]) == 0
+    printed = pair(*flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two"))
     one, two = folder(tmp_path / "one"), folder(tmp_path / "two")
     assert_close(trajectory(two), trajectory(one))
     assert len(trajectory(two)) == 6
@@ -91,8 +73,11 @@ def test_two_processes_equal_one_and_resume(tuner, tmp_path, words):
         broken = tmp_path / "broken"
         shutil.copytree(two, broken)
         shutil.rmtree(broken / "checkpoint-6")
-        assert "NPROC_PER_NODE" in run(1, "--resume_from_checkpoint", str(broken / "checkpoint-3"), code=1)
-        run(2, "--resume_from_checkpoint", str(broken / "checkpoint-3"))
+        resume = ["sft", "--resume_from_checkpoint", str(broken / "checkpoint-3")]
+        capsys.readouterr()
+        assert cli.main(resume) == 1
+        assert "NPROC_PER_NODE" in capsys.readouterr().err
+        pair(*resume)
         assert trajectory(broken) == trajectory(two)
         again = load_file(broken / "checkpoint-6" / name)
         assert all((weights[key] == again[key]).all() for key in weights)
@@ -101,15 +86,17 @@ def test_two_processes_equal_one_and_resume(tuner, tmp_path, words):
 def test_a_signal_saves(tmp_path, words):
     process = subprocess.Popen(
         [sys.executable, "-m", "swiftlite.cli", "sft", *COMMON, *words, "--output_dir", str(tmp_path), "--max_steps", "100000"],
-        env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=launched(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
+    before = []
     for line in process.stdout:
+        before.append(line)
         if line.startswith("step") and "/100000" in line and not line.split("/")[0].endswith(" 1"):
             break
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, rest
+    assert process.returncode == 0, "".join(before) + rest
     assert "Traceback" not in rest
     resume = next(line.strip() for line in rest.splitlines() if line.strip().startswith("swift sft --resume_from_checkpoint"))
     step = json.loads((Path(resume.split()[-1]) / "trainer_state.json").read_text())["global_step"]
@@ -117,9 +104,14 @@ def test_a_signal_saves(tmp_path, words):
 
 
 def test_errors_are_said_once(tmp_path, words):
-    printed = run(2, *words, "--target_modules", "q_prj", "--output_dir", str(tmp_path), code=2)
-    assert printed.count("error:") == 1
-    assert "q_proj" in printed
+    done = subprocess.run(
+        [sys.executable, "-m", "swiftlite.cli", "sft", *COMMON, *words, "--target_modules", "q_prj", "--output_dir", str(tmp_path)],
+        env=launched(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "q_proj" in done.stderr
 
 
 @pytest.mark.parametrize(
