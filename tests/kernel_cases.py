@@ -16,7 +16,7 @@ import torch
 from test_runner import Seq, prompts_for
 from torch import Tensor
 
-from swiftlite.engine import attention_cuda, lora_cuda, triton_attention, triton_lora
+from swiftlite.engine import attention_cuda, lora_cuda, lora_ops, triton_attention, triton_lora
 from swiftlite.engine.attention_cpu import SequenceSlice, paged_attention
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.graphs import DecodeGraphs, graph_sizes
@@ -164,7 +164,7 @@ def make_stacks(dtype: torch.dtype, device: torch.device) -> list[Stack]:
     stacks = []
     for ranks in RANKS:
         shapes = tuple(GroupShape(width, outs, rank) for (width, outs), rank in zip(GROUPS, ranks, strict=True))
-        stack = Stack(shapes, dtype, device)
+        stack = Stack(shapes, dtype, device, slots=8)
         stack.rows.copy_((torch.randn(stack.rows.shape, generator=generator) * 0.2).to(dtype))
         stacks.append(stack)
     return stacks
@@ -299,8 +299,14 @@ def test_decode_in_padded_buffers_equals_the_plain_path(family: str, make_model)
     assert graphs is not None and sorted(graphs._graphs) == ([] if DEVICE.type == "cpu" else [(size, False) for size in (1, 2, 4, 6)])
 
 
-def test_decode_with_adapters_equals_the_plain_path(make_model, make_adapter) -> None:
-    """Base and adapters of different ranks and targets in one padded batch, in changing mixtures; then the base alone again."""
+@pytest.mark.parametrize("slots", [1, 8], ids=["as on a GPU", "as on a CPU"])
+def test_decode_with_adapters_equals_the_plain_path(make_model, make_adapter, monkeypatch, slots: int) -> None:
+    """Base and adapters of different ranks and targets in one padded batch, in changing mixtures; then the base alone again.
+
+    Then other weights under a name that a captured step has run with (sglang #29157, #26930), and more adapters than the tables hold.
+    """
+    monkeypatch.setattr(lora_ops, "STACK_SLOTS", slots)
+    monkeypatch.setattr(lora_cuda, "FIRST_CAPACITY", 4)
     base = make_model("qwen2", num_hidden_layers=2)
     runners = make_runners(base)
     paths = {"a": make_adapter(base, 1), "b": make_adapter(base, 2, rank=6, target_modules=["q_proj", "v_proj", "down_proj"])}
@@ -312,8 +318,20 @@ def test_decode_with_adapters_equals_the_plain_path(make_model, make_adapter) ->
     runners[1].lora.add("c", make_adapter(base, 3, rank=20))  # wider than any before: captured steps are made again
     runners[0].lora.add("c", make_adapter(base, 3, rank=20))
     decode_both(runners, prompts, ["c", "a", None], steps=2)
+    for seed, name in enumerate(("a", "b", "a", "d"), 4):
+        path = make_adapter(base, seed)
+        for runner in runners:
+            runner.lora.add(name, path)
+        decode_both(runners, prompts, [name, "c", name], steps=2)
     for runner in runners:
         runner.lora.check()
+    graphs = runners[1]._decode
+    assert graphs is not None and len(graphs.tables._free) + 4 >= len(graphs.tables.tables.stride)  # rows of the replaced came back
+    for name, runner in itertools.product(("a", "b", "c", "d"), runners):
+        runner.lora.remove(name)
+    for runner in runners:
+        runner.lora.check()
+        assert runner.lora.store.stacks == {}
 
 
 def test_what_is_no_decode_step_is_not_taken(make_model) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +217,34 @@ def test_removed_adapters_leave_no_prefix_behind(build, adapters) -> None:
     started = time.monotonic()
     engine.add_adapter("a", adapters[0])
     assert engine.generate(prompt, greedy(), adapter="a")[0].num_cached_tokens == 0 and time.monotonic() - started < 10
+
+
+def test_unloaded_adapters_give_the_process_its_memory_back(build, model_dir, make_adapter) -> None:
+    """What the system counts, after running with them: slots, buffers of files and tables; and nothing piles up."""
+    paths = [make_adapter(model_dir, seed, rank=512) for seed in range(3)]
+    engine = build()
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def round_() -> tuple[int, int, int]:
+        before = resident()
+        for index, path in enumerate(paths):
+            engine.add_adapter(f"a{index}", path)
+        engine.generate([PROMPTS[2]] * 3, greedy(), adapter=[f"a{index}" for index in range(3)])
+        full, size = resident(), sum(info.nbytes for info in engine.adapters())
+        for index in range(3):
+            engine.remove_adapter(f"a{index}")
+        wait_until(lambda: engine.adapters() == [])
+        return full - before, full - resident(), size
+
+    first = resident()
+    round_()
+    for _ in range(3):
+        came, went, size = round_()
+        assert size > 10e6 and came > 0.8 * size and went > 0.8 * size
+    assert resident() - first < size
 
 
 def test_everything_at_once(build, adapters, expected) -> None:

@@ -38,13 +38,15 @@ class GroupShape:
 
 
 class Stack:
-    """Up to STACK_SLOTS adapters of one layout, each one contiguous row of memory: [S, N].
+    """Up to `slots` adapters of one layout, each one contiguous row of memory: [S, N].
 
-    Unused slots are zeros that cost no memory (untouched pages); `clear` gives a slot's pages back.
+    On a CPU unused slots are zeros that cost no memory (untouched pages); `clear` gives a slot's pages back. A GPU's memory is taken
+    whole, so there a stack is one adapter, whose memory goes when it goes.
     """
 
-    def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device, slots: int | None = None) -> None:
         self.groups = groups
+        self.slots = slots or (STACK_SLOTS if device.type == "cpu" else 1)
         self.size = sum(
             sum(shape.ranks) * shape.width + sum(r * o for r, o in zip(shape.ranks, shape.outs, strict=True)) for shape in groups
         )
@@ -52,13 +54,13 @@ class Stack:
         stride = -(-self.size // page) * page
         self.memory: mmap.mmap | None = None
         if device.type == "cpu":
-            self.memory = pages(STACK_SLOTS * stride * dtype.itemsize)
+            self.memory = pages(self.slots * stride * dtype.itemsize)
             flat = torch.frombuffer(self.memory, dtype=dtype)
         else:
-            flat = torch.zeros(STACK_SLOTS * stride, dtype=dtype, device=device)
-        self.rows = flat.view(STACK_SLOTS, stride)
+            flat = torch.zeros(self.slots * stride, dtype=dtype, device=device)
+        self.rows = flat.view(self.slots, stride)
         self._tables: Tensor | None = None
-        self.free = list(range(STACK_SLOTS))
+        self.free = list(range(self.slots))
         self.a: list[Tensor | None] = []  # per group [S, R*, width]
         self.b: list[list[Tensor | None]] = []  # per group and part [S, R, out]
         offset = 0
@@ -97,7 +99,7 @@ class Stack:
                     moves += (b is not None, False, False)
                     start += rank
             stride = self.rows.stride(0) * self.rows.element_size()
-            steps = torch.arange(STACK_SLOTS)[:, None] * stride
+            steps = torch.arange(self.slots)[:, None] * stride
             self._tables = torch.tensor(first) + steps * torch.tensor(moves, dtype=torch.int64)
         return self._tables.data_ptr() + slot * self._tables.stride(0) * 8
 
@@ -120,7 +122,7 @@ class Stack:
 
     @property
     def used(self) -> int:
-        return STACK_SLOTS - len(self.free)
+        return self.slots - len(self.free)
 
     def clear(self, slot: int) -> None:
         """Free a slot: zeros again, and on CPU its memory goes back."""
