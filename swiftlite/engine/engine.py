@@ -16,9 +16,11 @@ import random
 import time
 import uuid
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swiftlite.engine.beam import BeamSearch
 from swiftlite.engine.config import EngineConfig
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Stream"]
 Prompt = str | list[int]
+T = TypeVar("T")
 
 
 class Engine:
@@ -75,7 +78,7 @@ class Engine:
             # A CPU computes 256 tokens at a time as fast as 2048 (measured: within 7 %), and the shorter the step, the shorter the gap
             # that an arriving prompt leaves in the running streams; a GPU needs the longer one to be busy.
             self.config = config = dataclasses.replace(config, max_num_batched_tokens=512 if self.device.type == "cpu" else 2048)
-        self.runner = Runner(model_dir, config, self.dtype, self.device, model=model)
+        self.runner = in_own_thread(lambda: Runner(model_dir, config, self.dtype, self.device, model=model))
         self.vocab_size = self.runner.vocab_size
         self.max_model_len = min(self.runner.max_model_len, self.runner.num_blocks * config.block_size)
         named = (self.generation_config.get("eos_token_id"), self.model_config.get_text_config().eos_token_id, self.tokenizer.eos_token_id)
@@ -252,6 +255,17 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
+
+
+def in_own_thread(work: Callable[[], T]) -> T:
+    """Do parallel work in a thread that ends after it.
+
+    GNU's OpenMP keeps a team of threads for every thread that ever ran a parallel region, and as soon as all teams together have more
+    threads than there are cores, its barriers sleep instead of spinning: decoding took a quarter longer while the loading thread
+    lived on beside the step loop. A team ends with its thread. (libgomp: config/linux/wait.h and gomp_managed_threads in team.c)
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Any]:
