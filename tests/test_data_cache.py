@@ -116,8 +116,8 @@ def test_store(tmp_path: Path, on_disk: bool) -> None:
     for sample in written:
         writer.add(sample)
     arrays = writer.arrays()
-    samples = Samples(*arrays, np.array([2, 0, 2, 3]))
+    samples = Samples(arrays, np.array([2, 0, 2, 3]))
     assert plain(samples) == plain([written[k] for k in (2, 0, 2, 3)]) == plain(samples[:])
     assert plain(samples[1:3]) == plain([written[0], written[2]]) and plain([samples[-1]]) == plain([written[3]])
     if on_disk:
-        assert plain(Samples(*mapped(tmp_path), np.arange(4))) == plain(written)
+        assert plain(Samples(mapped(tmp_path), np.arange(4))) == plain(written)

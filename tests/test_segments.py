@@ -25,6 +25,7 @@ FAMILIES = ["llama", "llama_mqa", "qwen2", "qwen3", "gemma2", "gemma3", "mistral
 class Row:
     ids: np.ndarray
     mask: np.ndarray
+    weights: None = None
 
 
 def rows(*lengths: int, seed: int = 0) -> list[Row]:

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from swiftlite.chat.scales import LossScale
 from swiftlite.chat.tokens import ControlTokens
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training row: token ids, and for each whether it is a target."""
+    """One training row: token ids, for each whether it is a target, and how much it weighs where that is not 1 for all."""
 
     ids: list[int]
     mask: list[bool]
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Round:
     answer: str
     learn: bool
     mark: str = ""
+    weight: float = 1.0  # of the whole turn
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,22 @@ def slow_row(tokens: ControlTokens, stops: Stops, turn: Round) -> Encoded:
     return Encoded(prompt + answer, [False] * len(prompt) + [turn.learn] * len(answer))
 
 
+def weighted_row(tokens: ControlTokens, stops: Stops, turn: Round, scale: LossScale) -> Encoded:
+    """`slow_row` with the answer's weights. A token weighs what its last character weighs, the stop token what the turn does."""
+    plain = slow_row(tokens, stops, turn)
+    begin = len(tokens.encode(turn.prompt, turn.mark))
+    answer = plain.ids[begin:]
+    for before in (turn.prompt, stops.turn_text):  # as encode_round: after the prompt, or after the token that came before it
+        ids, places, text = tokens.encode_spans(before, turn.answer, turn.mark)
+        first = next((i for i, place in enumerate(places) if place >= 0), len(places))
+        if ids[first : first + len(answer) - 1] == answer[:-1]:
+            break
+    by_character = [weight * turn.weight for weight in scale.weights(text)]
+    found = [by_character[place] for place in places[first : first + len(answer) - 1]]
+    weights = [0.0] * begin + [*found, turn.weight] if turn.learn else [0.0] * len(plain.ids)
+    return Encoded(plain.ids, [weight > 0 for weight in weights], weights)
+
+
 def chains(rounds: list[Round]) -> list[list[Round]]:
     """Runs of rounds in which each text begins with the one before: a candidate row each."""
     found: list[list[Round]] = []
@@ -128,7 +147,8 @@ def merge_rows(rows: list[Encoded], stop_ids: Collection[int]) -> list[Encoded]:
             # an open turn is closed by whichever header follows, so its last token may be another stop token
             same = len(row.ids) > end and row.ids[: end - 1] == last.ids[:-1]
             if same and (row.ids[end - 1] == last.ids[-1] or row.ids[end - 1] in stop_ids):
-                row = Encoded(row.ids, [*last.mask, *row.mask[end:]])
+                weights = None if row.weights is None or last.weights is None else [*last.weights, *row.weights[end:]]
+                row = Encoded(row.ids, [*last.mask, *row.mask[end:]], weights)
                 merged.pop()
         merged.append(row)
     return [row for row in merged if any(row.mask)]
@@ -140,7 +160,7 @@ def without_empty_thought(row: Encoded, block: list[int]) -> Encoded:
     for index, target in enumerate(row.mask):
         if target and (index == 0 or not row.mask[index - 1]) and row.ids[index : index + len(block)] == block:
             mask[index : index + len(block)] = [False] * len(block)
-    return Encoded(row.ids, mask)
+    return replace(row, mask=mask)
 
 
 def merge_fast(tokens: ControlTokens, stops: Stops, rounds: list[Round], ids: list[int], tails: dict[str, list[int]]) -> Encoded | None:

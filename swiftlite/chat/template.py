@@ -33,13 +33,14 @@ from swiftlite.chat.masks import (
     merge_fast,
     merge_rows,
     slow_row,
+    weighted_row,
     without_empty_thought,
 )
+from swiftlite.chat.scales import parse as parse_scale
 from swiftlite.chat.tokens import ControlTokens
 from swiftlite.errors import DataError, RequestError, SwiftError, TemplateError
 
 SAVED = "swift_template.json"
-LOSS_SCALES = ("default", "last_round", "all", "ignore_empty_think", "last_round+ignore_empty_think")
 _EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 _ASK, _ANSWER, _NEXT = "QuestionOne", "AnswerOne", "QuestionTwo"
 
@@ -231,7 +232,8 @@ class Template:
         """Rows with loss masks; usually one, several when the template rewrites history, none when no turn is to be learnt.
 
         loss_scale: `default` (every assistant turn), `last_round`, `all` (every token); `ignore_empty_think` (every turn, but
-        not an empty <think> block before it), also after `last_round+`. A message's `loss: False` takes its turn out.
+        not an empty <think> block before it); weights of parts (see `scales`), joined by `+`. A message's `loss: False` takes
+        its turn out, its `loss_scale` is the turn's weight.
         Raises DataError for a bad conversation, TemplateError where no stop token ends a turn.
         """
         (rows,) = self.encode_training_batch([conversation], loss_scale)
@@ -241,11 +243,8 @@ class Template:
 
     def encode_training_batch(self, conversations: Sequence[Conversation], loss_scale: str = "default") -> list[list[Encoded] | SwiftError]:
         """`encode_training` of many, with one call of the tokenizer; a bad conversation's error stands in its place."""
-        if loss_scale not in LOSS_SCALES:
-            raise TemplateError(f"unknown loss_scale {loss_scale!r}", fix=f"one of {', '.join(LOSS_SCALES)}")
-        thoughtless = loss_scale.endswith("ignore_empty_think")
-        loss_scale = loss_scale.removesuffix("ignore_empty_think").rstrip("+") or "default"
-        empty = self.tokens.encode(_EMPTY_THOUGHT) if thoughtless else []
+        scale = parse_scale(loss_scale)
+        empty = self.tokens.encode(_EMPTY_THOUGHT) if scale.thoughtless else []
         results: list[list[Encoded] | SwiftError] = [[] for _ in conversations]
         planned: list[tuple[int, list[Round]]] = []
         for index, conversation in enumerate(conversations):
@@ -253,17 +252,21 @@ class Template:
                 if conversation.text is not None:
                     results[index] = self._text_row(conversation.text)
                 else:
-                    planned.append((index, self._rounds(conversation, loss_scale)))
+                    planned.append((index, self._rounds(conversation, scale.base)))
             except SwiftError as error:
                 results[index] = error
+        weighted = {index for index, rounds in planned if scale.weightings or any(turn.weight != 1 for turn in rounds)}
         planned_chains = [(index, chain) for index, rounds in planned for chain in chains(rounds)]
-        plain = [chain for _, chain in planned_chains if not chain[-1].mark]
+        plain = [chain for index, chain in planned_chains if not chain[-1].mark and index not in weighted]
         encoded = iter(self.tokens.encode_batch([chain[-1].prompt + chain[-1].answer for chain in plain]))
         rows: dict[int, list[Encoded]] = {}
         unstopped: set[int] = set()
         for index, chain in planned_chains:
-            ids = None if chain[-1].mark else next(encoded)
+            ids = None if chain[-1].mark or index in weighted else next(encoded)
             try:
+                if index in weighted:
+                    rows.setdefault(index, []).extend(weighted_row(self.tokens, self._stops, turn, scale) for turn in chain)
+                    continue
                 row = merge_fast(self.tokens, self._stops, chain, ids, self._tails) if ids is not None else None
                 rows.setdefault(index, []).extend([row] if row else [slow_row(self.tokens, self._stops, turn) for turn in chain])
             except NoStopToken:
@@ -271,8 +274,8 @@ class Template:
         for index, found in rows.items():
             merged = merge_rows(found, self._stops.ids)
             whole = [Encoded(row.ids, [True] * len(row.ids)) for row in merged[-1:]]
-            results[index] = whole if loss_scale == "all" else merged
-            if thoughtless:
+            results[index] = whole if scale.base == "all" else merged
+            if scale.thoughtless:
                 results[index] = [without_empty_thought(row, empty) for row in merged]
         for index in unstopped:
             results[index] = self._no_stop_error()
@@ -289,6 +292,8 @@ class Template:
         learn = [message.get("loss") is not False for message in conversation.messages if isinstance(message, dict)]
         messages = self._prepared(conversation.messages, _row_error)
         learn = [True] * (len(messages) - len(learn)) + learn[max(0, len(learn) - len(messages)) :]  # default system added, or folded
+        given = [_weight(message) for message in conversation.messages if isinstance(message, dict)]
+        given = [1.0] * (len(messages) - len(given)) + given[max(0, len(given) - len(messages)) :]
         (marked, tools), mark = self.tokens.mark((messages, conversation.tools or None))
         turns = [k for k, message in enumerate(marked) if message["role"] == "assistant"]
         if loss_scale == "last_round":
@@ -307,7 +312,8 @@ class Template:
                     f"the prompt ends in {prompt[-40:]!r}, the finished conversation in {rendered[-60:]!r}",
                     "use a built-in template with --template",
                 )
-            rounds.append(Round(prompt, answer, learn[k] or loss_scale == "all", mark))
+            learnt = (learn[k] and given[k] > 0) or loss_scale == "all"
+            rounds.append(Round(prompt, answer, learnt, mark, 1.0 if loss_scale == "all" else given[k]))
         return rounds
 
     def _text_row(self, text: str) -> list[Encoded]:
@@ -340,6 +346,16 @@ class Template:
         temporary = directory / (SAVED + ".tmp")
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
         os.replace(temporary, directory / SAVED)
+
+
+def _weight(message: Message) -> float:
+    """A message's `loss_scale`. DataError unless it is a number from 0 up."""
+    weight = message.get("loss_scale")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise DataError(f"a message's loss_scale is {weight!r}", fix="write a number from 0 up")
+    return float(weight)
 
 
 def _read_saved(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:

@@ -99,6 +99,16 @@ class ControlTokens:
         renamed = self.pattern.sub(lambda found: names[found[0]], text).replace(mark, "")
         return twin.encode(renamed, add_special_tokens=False).ids
 
+    def encode_spans(self, before: str, text: str, mark: str = "") -> tuple[list[int], list[int], str]:
+        """(ids of `before + text`, for each the index in `text` of its last character, negative within `before`; `text` as it
+        was encoded, its marks gone)."""
+        encoder = self.backend
+        if mark:
+            encoder, names = self._twin_tokenizer()
+            before, text = (self.pattern.sub(lambda found: names[found[0]], part).replace(mark, "") for part in (before, text))
+        encoding = encoder.encode(before + text, add_special_tokens=False)
+        return encoding.ids, [end - 1 - len(before) for _, end in encoding.offsets], text
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of several rendered texts without marks."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]

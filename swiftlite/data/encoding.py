@@ -169,7 +169,7 @@ def outcomes(
                 reason = "" if encoded else "nothing to learn"
                 for one in encoded:
                     cut = cut or len(one.ids) > (max_length or len(one.ids))
-                    samples, why = fit(one.ids, one.mask, max_length, truncation_strategy)
+                    samples, why = fit(one.ids, one.mask, max_length, truncation_strategy, one.weights)
                     kept += samples
                     reason = why or reason
             if strict and (not kept or cut):
@@ -199,22 +199,31 @@ def encode(
     return samples, report
 
 
-def fit(ids: list[int], mask: list[bool], max_length: int | None, strategy: str) -> tuple[list[Sample], str]:
+def fit(
+    ids: list[int], mask: list[bool], max_length: int | None, strategy: str, weights: list[float] | None = None
+) -> tuple[list[Sample], str]:
     """The samples within `max_length` that a row gives, or none and the reason.
 
     `split` cuts it into pieces; each begins with the last token of the one before, so that every target keeps a token that
     predicts it.
     """
-    pieces, cut = [(ids, mask)], max_length is not None and len(ids) > max_length
+    pieces, cut = [(slice(None), mask)], max_length is not None and len(ids) > max_length
     if max_length is not None and cut:
         if strategy == "delete":
             return [], f"longer than --max_length {max_length}"
         if strategy == "split" and max_length > 1:
             starts = range(0, len(ids) - 1, max_length - 1)
-            pieces = [(ids[i : i + max_length], ([False] if i else mask[:1]) + mask[i + 1 : i + max_length]) for i in starts]
+            pieces = [(slice(i, i + max_length), ([False] if i else mask[:1]) + mask[i + 1 : i + max_length]) for i in starts]
         else:
             part = slice(len(ids) - max_length, None) if strategy == "left" else slice(None, max_length)
-            pieces = [(ids[part], mask[part])]
-    samples = [Sample(np.array(i, dtype=np.int32), np.array(m, dtype=np.bool_)) for i, m in pieces]
+            pieces = [(part, mask[part])]
+    samples = [
+        Sample(
+            np.array(ids[part], dtype=np.int32),
+            np.array(learnt, dtype=np.bool_),
+            None if weights is None else np.array(weights[part], dtype=np.float32),
+        )
+        for part, learnt in pieces
+    ]
     samples = [sample for sample in samples if sample.mask[1:].any()]  # nothing predicts the first token
     return samples, "" if samples else "no target left after truncation" if cut else "nothing to learn"

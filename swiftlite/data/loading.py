@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from swiftlite.chat.conversation import Conversation
+from swiftlite.chat.scales import parse as parse_scale
 from swiftlite.chat.template import Template
 from swiftlite.data import cache, mixing
 from swiftlite.data.catalog import CATALOG, read_info
@@ -231,7 +232,7 @@ def _encode(
             np.save(folder / file, order)
         content = {"report": asdict(total), "evaluation": [asdict(conversation) for conversation in evaluation]}
         print(f"rows kept for the next run: {cache.publish(folder, name, content)}")
-    return Samples(*arrays, orders[0]), Samples(*arrays, orders[1]), evaluation, total
+    return Samples(arrays, orders[0]), Samples(arrays, orders[1]), evaluation, total
 
 
 _ORDERS = ("train.npy", "evaluation.npy")
@@ -240,7 +241,7 @@ _ORDERS = ("train.npy", "evaluation.npy")
 def _cached(entry: Path) -> tuple[Sequence[Sample], Sequence[Sample], list[Conversation], Report]:
     content = json.loads((entry / "done.json").read_text(encoding="utf-8"))
     arrays = mapped(entry)
-    train, held = (Samples(*arrays, np.load(entry / file)) for file in _ORDERS)
+    train, held = (Samples(arrays, np.load(entry / file)) for file in _ORDERS)
     return train, held, [Conversation(**one) for one in content["evaluation"]], Report.from_json(content["report"])
 
 
@@ -254,4 +255,5 @@ def _cache_key(options: Options, template: Template, max_length: int | None) -> 
         return None
     specs = [str(parse_spec(spec, reader.known)) for spec in (*options.dataset, *options.val_dataset)]
     settings = {name: options.values[name] for name in DATA_SETTINGS if name not in ("dataset_info", "load_from_cache_file")}
+    settings["loss_scale"] = repr(parse_scale(options.loss_scale))  # it may name a file
     return cache.key(files, template, {**settings, "specs": specs, "strict": options.strict, "max_length": max_length})

@@ -87,7 +87,6 @@ VALUES: dict[str, dict[str, str]] = {
     "target_modules": {"ALL": "all-linear", "DEFAULT": "all-linear", "AUTO": "all-linear"},
     "report_to": {"all": "tensorboard"},
     "fsdp": {"fsdp2": "full_shard", "full_shard auto_wrap": "full_shard", "shard_grad_op auto_wrap": "shard_grad_op"},
-    "loss_scale": {"default+ignore_empty_think": "ignore_empty_think"},
     "hub_strategy": {
         "push_best": "end",
         "push_last": "every_save",

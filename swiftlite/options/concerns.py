@@ -66,8 +66,8 @@ class DataOptions:
     load_from_cache_file: bool = opt(True, "take rows encoded before, where data, template, tokenizer and settings are the same")
     loss_scale: str = opt(
         "default",
-        "what is learnt: every assistant turn, the last, all text; ignore_empty_think leaves out an empty <think> block",
-        ("default", "last_round", "all", "ignore_empty_think", "last_round+ignore_empty_think"),
+        "what is learnt: default (every assistant turn), last_round, all (all text); with + or alone: ignore_empty_think leaves out an "
+        "empty <think> block; react, hermes, qwen, alpha_umi or a .json file weigh parts of answers",
     )
     strict: bool = opt(False, "fail on the first bad row instead of counting it")
     streaming: bool = opt(False, "read and encode rows while training, block by block; needs --max_steps, memory holds one block")

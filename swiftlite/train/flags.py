@@ -51,6 +51,7 @@ def start_from(options: Options) -> Path | None:
 
 def check(options: Options) -> Path:
     """Flags that are wrong on sight; returns the model's directory."""
+    from swiftlite.chat import scales
     from swiftlite.data import stream
     from swiftlite.hub import resolve_model
     from swiftlite.train import reporters
@@ -61,6 +62,7 @@ def check(options: Options) -> Path:
     if not options.dataset and not options.self_cognition_sample:
         raise UsageError("swift sft: which data?", fix="pass --dataset FILE.jsonl (or --self_cognition_sample N)")
     reporters.check(options.report_to)
+    scales.parse(options.loss_scale)
     if options.streaming:
         stream.check(options)
     if options.deepspeed:

@@ -70,7 +70,7 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, smoothing: float
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, smoothing: float, weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         w = weight.to(head.dtype)
@@ -98,7 +98,9 @@ class _ChunkedNLL(torch.autograd.Function):
             hits += (best == label)[:count].sum()
             z.sub_(top).exp_()
             norm = z.sum(1, keepdim=True)
-            total += (norm.log() + top - goal)[:count].sum()
+            nll = (norm.log() + top - goal)[:count]  # [n, 1]
+            weighed = None if weights is None else weights[start : start + rows, None].to(total.dtype)
+            total += (nll if weighed is None else nll * weighed).sum()
             if not (want_hidden or want_weight):
                 continue
             z.div_(norm).scatter_add_(1, label, torch.full_like(at_label, smoothing - 1))  # softmax minus one-hot
@@ -108,6 +110,8 @@ class _ChunkedNLL(torch.autograd.Function):
                 z.mul_(slope)
             if head.scale != 1:
                 z.mul_(head.scale)
+            if weighed is not None:
+                z[:count].mul_(weighed)
             z[count:].zero_()
             dz = z.to(head.dtype)
             if grad_hidden is not None:
@@ -120,7 +124,7 @@ class _ChunkedNLL(torch.autograd.Function):
         return total, hits
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
@@ -128,14 +132,16 @@ class _ChunkedNLL(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def chunked_nll(hidden: Tensor, labels: Tensor, head: Head, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def chunked_nll(hidden: Tensor, labels: Tensor, head: Head, smoothing: float = 0.0, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """hidden [N, D], labels [N] -> (sum of -log p(label), float32; how many labels are the argmax, int64).
 
-    With `smoothing` the goal is (1 - smoothing) of the label and the rest spread over all of the vocabulary."""
-    return _ChunkedNLL.apply(hidden, head.weight, labels, head, smoothing)
+    With `smoothing` the goal is (1 - smoothing) of the label and the rest spread over all of the vocabulary; `weights` [N] are
+    factors of the sum's parts."""
+    return _ChunkedNLL.apply(hidden, head.weight, labels, head, smoothing, weights)
 
 
 class TargetLoss(nn.Module):
@@ -164,11 +170,13 @@ class TargetLoss(nn.Module):
                     input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=batch.keep,
                     swift_segments=batch.lengths,
                 ).logits[0].float()  # fmt: skip
-                return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing), (
-                    logits.argmax(1) == batch.labels
-                ).sum()
+                hits = (logits.argmax(1) == batch.labels).sum()
+                if batch.weights is None:
+                    return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing), hits
+                each = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+                return (each * batch.weights).sum(), hits
             hidden = self._hidden(batch.input_ids, batch.position_ids, batch.lengths)[batch.keep]
-            return chunked_nll(hidden, batch.labels, self.head, smoothing)
+            return chunked_nll(hidden, batch.labels, self.head, smoothing, batch.weights)
 
     def _precision(self) -> AbstractContextManager:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)

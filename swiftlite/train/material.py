@@ -88,4 +88,5 @@ def _fingerprint(samples: Sequence[Any]) -> str:
     for sample in samples:
         digest.update(sample.ids.tobytes())
         digest.update(sample.mask.tobytes())
+        digest.update(b"" if sample.weights is None else sample.weights.tobytes())
     return digest.hexdigest()
