@@ -4,6 +4,10 @@
 #include <atomic>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "vectors.h"
 
 namespace {
@@ -401,4 +405,11 @@ extern "C" void swift_digest(const char* data, int64_t size, void* result) {
     memcpy(last, data + done, size - done);
     hash_block(state, last, 64 * blocks, true);
     memcpy(result, state, sizeof state);
+}
+
+// The calling thread has no helpers from now on (aside.py).
+extern "C" void swift_one_thread() {
+#ifdef _OPENMP
+    omp_set_num_threads(1);
+#endif
 }

@@ -17,6 +17,7 @@ Which call from where: `set_batch` from the step loop only, all others from any 
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 
 from swiftlite.adapters.digest import lanes
 from swiftlite.adapters.directory import Adapter, read, read_header
+from swiftlite.engine.aside import aside
 from swiftlite.engine.lora_extras import Extras
 from swiftlite.engine.lora_native import DTYPES, NativeLora
 from swiftlite.engine.lora_ops import Job, Segment, plan
@@ -57,6 +59,7 @@ class LoraManager:
         self.max_rank = max_rank
         self.layers = Layers(model)
         groups = [(group.width, tuple(group.outs)) for group in self.layers.groups]
+        self._library = library
         self._native = NativeLora(library, groups) if library is not None and model.dtype in DTYPES and groups else None
         self.store = WeightStore(self.layers, self._native)
         self.on_gone: Callable[[str], None] = lambda digest: None
@@ -82,29 +85,31 @@ class LoraManager:
         Nothing changes when it fails.
         """
         with self._arrival(name, path):
-            adapter = self._read(path)
-            size = self._size(adapter)
+            return aside(functools.partial(self._add, name, path), self._library)
+
+    def _add(self, name: str, path: str | Path) -> AdapterVersion:
+        adapter = self._read(path)
+        size = self._size(adapter)
+        with self._lock:
+            roomy = self._memory.make(size)
+            self._memory.reserved += size * roomy
+        try:
+            # Without room it is packed all the same, to see that it can be, and read again when its turn comes.
+            weights = self.store.store(adapter)
+        finally:
             with self._lock:
-                roomy = self._memory.make(size)
-                self._memory.reserved += size * roomy
-            weights = None
-            try:
-                # Without room it is packed all the same, to see that it can be, and read again when its turn comes.
-                weights = self.store.store(adapter)
-            finally:
-                with self._lock:
-                    self._memory.reserved -= size * roomy
-            with self._lock:
-                self._host.put(adapter)
-                version = next((v for v in self._versions if v.digest == weights.digest), None)
-                if version is None:
-                    version = self._new_version(name, adapter, size, weights.digest)
-                if roomy and version.weights is None:
-                    self._memory.enter(weights, version)
-                else:
-                    self.store.free(weights)
-                self._point(name, version)
-            return version
+                self._memory.reserved -= size * roomy
+        with self._lock:
+            self._host.put(adapter)
+            version = next((v for v in self._versions if v.digest == weights.digest), None)
+            if version is None:
+                version = self._new_version(name, adapter, size, weights.digest)
+            if roomy and version.weights is None:
+                self._memory.enter(weights, version)
+            else:
+                self.store.free(weights)
+            self._point(name, version)
+        return version
 
     def register(self, name: str, path: str | Path) -> AdapterVersion:
         """Make `name` known after a look at the adapter's header; its weights are read when a request wants them."""
@@ -306,9 +311,7 @@ class LoraManager:
             with self._lock:
                 kept = self._host.get(version.digest)
             with self._loading:
-                adapter = kept or self._read(version.path)
-                self._size(adapter)
-                weights = self.store.store(adapter)
+                adapter, weights = aside(functools.partial(self._read_and_store, version.path, kept), self._library)
         finally:
             with self._lock:
                 self._memory.reserved -= size
@@ -328,6 +331,11 @@ class LoraManager:
                 self._memory.enter(weights, version)
             else:
                 self._memory.share(twin, version)
+
+    def _read_and_store(self, path: str, kept: Adapter | None) -> tuple[Adapter, Weights]:
+        adapter = kept or self._read(path)
+        self._size(adapter)
+        return adapter, self.store.store(adapter)
 
     # -- one step
 

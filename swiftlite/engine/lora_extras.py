@@ -7,6 +7,7 @@ to do here. All of it costs only the rows that have it. It knows tensors and mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 
 from swiftlite.adapters.directory import LoraWeights
 from swiftlite.errors import AdapterError
-from swiftlite.models.packed import FusedPart, PackedLinear
+from swiftlite.models.packed import FusedPart, PackedLinear, PackedWeight
 
 Place = tuple[int, int]  # group, part
+ROWS = 128  # of a weight, held in float32 at once
 
 
 @dataclass
@@ -93,13 +95,17 @@ class Extras:
             y.copy_(y.float() + shift)
 
 
-def weight_of(name: str, module: nn.Linear) -> Tensor:
+def unpack(packed: PackedWeight) -> Tensor:
+    return packed.to_dense()
+
+
+def weight_of(name: str, module: nn.Linear, unpack: Callable[[PackedWeight], Tensor] = unpack) -> Tensor:
     """The base weight [out, in] of a linear however it is packed. AdapterError where it is not kept in a readable form."""
     if isinstance(module, FusedPart):
         start = sum(module.fused.widths[: module.index])
-        return module.fused.product.packed.to_dense()[start : start + module.out_features]
+        return unpack(module.fused.product.packed)[start : start + module.out_features]
     if isinstance(module, PackedLinear):
-        return module.packed.to_dense()
+        return unpack(module.packed)
     if type(module) is nn.Linear:
         return module.weight.detach()
     raise AdapterError(f"DoRA needs the base weight of {name}", f"it is a {type(module).__name__}", "serve it on the 16-bit base")
@@ -113,13 +119,15 @@ def bias_of(module: nn.Linear) -> Tensor | None:
     return None if module.bias is None else module.bias.detach()
 
 
-def dora_gain(name: str, module: nn.Linear, weights: LoraWeights) -> Tensor:
+def dora_gain(name: str, module: nn.Linear, weights: LoraWeights, unpack: Callable[[PackedWeight], Tensor] = unpack) -> Tensor:
     """g [out] float32 = m / |W + s B A|, row by row of W."""
     assert weights.magnitude is not None
-    whole = weight_of(name, module).float()
-    device = whole.device
-    whole = torch.addmm(whole, weights.b.to(device).float(), weights.a.to(device).float(), alpha=weights.scale)
-    return weights.magnitude.to(device).float() / whole.norm(dim=1)
+    whole = weight_of(name, module, unpack)
+    a, b = weights.a.to(whole.device).float(), weights.b.to(whole.device).float()
+    # Some rows at a time: they stay in the CPU's cache.
+    norms = [torch.addmm(rows.float(), b_rows, a, alpha=weights.scale).norm(dim=1)
+             for rows, b_rows in zip(whole.split(ROWS), b.split(ROWS), strict=True)]  # fmt: skip
+    return weights.magnitude.to(whole.device).float() / torch.cat(norms)
 
 
 def embedding_scale(name: str, module: nn.Module) -> float | None:

@@ -7,6 +7,7 @@ requests; `lora.py` decides who stays and who goes.
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from swiftlite.adapters.directory import Adapter, LoraWeights, check_finite, not_finite
-from swiftlite.engine.lora_extras import Extras, TokenTable, bias_of, dora_gain, embedding_scale, weight_of
+from swiftlite.engine.aside import give_way
+from swiftlite.engine.lora_extras import Extras, TokenTable, bias_of, dora_gain, embedding_scale, unpack, weight_of
 from swiftlite.engine.lora_native import DTYPES, NativeLora
 from swiftlite.engine.lora_ops import GroupShape, Stack
 from swiftlite.engine.lora_taps import MERGE, Layers
@@ -149,12 +151,15 @@ class WeightStore:
 
     def _extras(self, adapter: Adapter) -> Extras:
         layers, extras = self.layers, Extras()
-        for name, weights in adapter.modules.items():
-            if name not in layers.linears:
+        once = functools.lru_cache(maxsize=1)(unpack)  # parts of one product come one after the other
+        if any(weights.magnitude is not None for weights in adapter.modules.values()):
+            give_way()  # it takes a second: running answers go first
+        for name, (module, group, part) in layers.linears.items():
+            weights = adapter.modules.get(name)
+            if weights is None:
                 continue
-            module, group, part = layers.linears[name]
             if weights.magnitude is not None:
-                gain = extras.gains[group, part] = dora_gain(name, module, weights)
+                gain = extras.gains[group, part] = dora_gain(name, module, weights, once)
                 bias = bias_of(module)
                 if bias is not None:
                     extras.shifts[group, part] = (1 - gain) * bias.float()
