@@ -92,11 +92,6 @@ def _check_backend(options: Options) -> None:
         )
     if options.infer_backend == "vllm":
         print("note: the vllm backend is not wired in yet; the native engine answers (same requests, same adapters)")
-    if options.quant:
-        raise UsageError(
-            f"--quant {options.quant} at load is not there yet",
-            fix="quantize once with `swift export --quant_bits 8 --quant_method rtn` and serve the result",
-        )
 
 
 def _short_name(model: str) -> str:
@@ -183,6 +178,7 @@ def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) ->
 
     plan = plan or make_plan(options)
     settings = {name: options.values[name] for name in ENGINE_FLAGS}
+    settings["quantization"] = options.quant
     if options.kv_cache_memory is not None:
         settings["kv_cache_memory"] = int(options.kv_cache_memory * 2**30)
     for name in ("adapter_memory", "adapter_host_memory"):

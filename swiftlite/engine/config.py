@@ -17,6 +17,7 @@ class EngineConfig:
     kv_cache_memory: int | None = None  # bytes
     num_blocks: int | None = None  # overrides the memory sizing (tests)
     gpu_memory_utilization: float = 0.9
+    quantization: str | None = None  # "int8": the linears in 8 bits from load on, a scale per output (on a CPU)
     enforce_eager: bool = False  # no CUDA graphs
     max_lora_rank: int = 512
     adapter_memory: int | None = None  # bytes for the weights of adapters on the device; others are read again when wanted

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +20,14 @@ from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.bridge import NAME, Bridge, ForwardBatch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.fused import fuse
+from swiftlite.engine.int8 import choose_int8
 from swiftlite.engine.kv import KVCache, available_memory
 from swiftlite.engine.layers import fuse_layers
 from swiftlite.engine.lora import LoraManager
 from swiftlite.engine.panels import choose_pack
 from swiftlite.errors import ModelError
 from swiftlite.models.loading import load_model
-from swiftlite.models.packed import can_pack, pack_linears, pack_tied_head
+from swiftlite.models.packed import can_pack, pack_linears, pack_tied_head, without_pages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,16 @@ CPU_SHARE = 0.25  # of the memory that is free after loading
 ADAPTER_SHARE, ADAPTER_SHARE_CUDA = 0.1, 0.5  # on a GPU the cache has taken its part already
 
 
+def _check_quantization(kind: str | None, device: torch.device, *, loaded: bool) -> None:
+    if kind not in (None, "int8"):
+        raise ModelError(f"quantization {kind!r} at load is not possible", "int8 is", "leave it out, or say int8")
+    if kind and device.type != "cpu":
+        why = "the int8 kernels are for CPUs; there are none for GPUs yet"
+        raise ModelError(f"quantization {kind!r} is not possible on {device}", why, "leave it out, or add --device cpu")
+    if kind and loaded:
+        raise ModelError("a model that is loaded already cannot be quantized", "it may be in use elsewhere", "give its directory")
+
+
 class Runner:
     """A loaded model with its KV cache. Raises ModelError on models that the engine cannot run or memory that cannot hold them."""
 
@@ -48,9 +60,14 @@ class Runner:
         """`plain` keeps the stock modules and torch's attention: the reference of every faster path. `model`: one that is loaded
         already; its weights stay where they are, as packed copies would go stale when they are trained."""
         self.config, self.dtype, self.device = config, dtype, device
+        _check_quantization(config.quantization, device, loaded=model is not None)
         self.model = model or load_model(model_dir, dtype, device, NAME)
-        self.bridge = Bridge(self.model, device, config.max_model_len, kernels=not plain)
-        if not plain and model is None and can_pack(dtype, device):
+        with without_pages(self.model) if config.quantization else nullcontext():
+            self.bridge = Bridge(self.model, device, config.max_model_len, kernels=not plain)
+        if config.quantization:
+            pack_tied_head(self.model, choose_int8(self.bridge.library))
+            pack_linears(self.model, self.bridge.shared_inputs, choose_int8(self.bridge.library))
+        elif not plain and model is None and can_pack(dtype, device):
             pack = choose_pack(self.bridge.library, dtype)
             pack_linears(self.model, self.bridge.shared_inputs, pack)
             pack_tied_head(self.model, pack)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -164,26 +165,48 @@ def pack_tied_head(model: PreTrainedModel, pack: Pack = OneDnnWeight) -> bool:
         return packed.multiply(x, bias)
 
     head.forward = forward  # type: ignore[method-assign]
-    if _is_in_file(head.weight):
+    if _is_in_file(head.weight, _mapped_files()):
         _forget(head.weight)  # what is looked up comes back from the file
     return True
 
 
-def _is_in_file(weight: Tensor) -> bool:
-    """Whether all of a weight's memory is an unchanged part of a mapped file."""
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges (first, end) of this process that are unchanged parts of mapped files."""
     maps = Path("/proc/self/smaps")
     if not maps.is_file():
-        return False
-    first, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
-    inside = False
+        return []
+    found = []
+    span = 0, 0
     for line in maps.read_text().splitlines():
         head = line.split(maxsplit=5)
         if "-" in head[0] and not head[0].endswith(":"):  # an address range opens a mapping's entry
             low, high = (int(text, 16) for text in head[0].split("-"))
-            inside = low <= first and end <= high and len(head) == 6 and head[5].startswith("/")
-        elif inside and head[0] == "Private_Dirty:":
-            return head[1] == "0"
-    return False
+            span = (low, high) if len(head) == 6 and head[5].startswith("/") else (0, 0)
+        elif head[0] == "Private_Dirty:" and head[1] == "0" and span[1]:
+            found.append(span)
+    return found
+
+
+def _is_in_file(weight: Tensor, files: list[tuple[int, int]]) -> bool:
+    """Whether all of a weight's memory is in one of `files`."""
+    first = weight.data_ptr()
+    return any(low <= first and first + weight.nbytes <= high for low, high in files)
+
+
+@contextmanager
+def without_pages(model: nn.Module) -> Iterator[None]:
+    """While this lasts, the pages of a linear's mapped weight are given back after each product: they come again from the file.
+
+    For the few forwards before a model is quantized: else the whole plain model would be in memory once.
+    """
+    files = _mapped_files()
+    linears = [module for module in model.modules() if type(module) is nn.Linear and _is_in_file(module.weight, files)]
+    hooks = [module.register_forward_hook(lambda module, *_: _forget(module.weight)) for module in linears]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _forget(weight: Tensor) -> None:
