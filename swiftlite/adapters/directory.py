@@ -22,7 +22,7 @@ from torch import Tensor
 
 from swiftlite.adapters.config import MERGE, AdapterConfig, read_config
 from swiftlite.adapters.digest import Hashing, Lanes, lanes
-from swiftlite.adapters.files import CONFIG, PICKLE, WEIGHTS, read_layout, read_tensors
+from swiftlite.adapters.files import CONFIG, PICKLE, WEIGHTS, Buffer, read_layout, read_tensors
 from swiftlite.errors import AdapterError
 
 AGAIN = "use the adapter with the files it was saved with"
@@ -111,18 +111,19 @@ def read(
     max_rank: int | None = None,
     finite: bool = True,
     hashed: Lanes = lanes,
+    buffer: Buffer | None = None,
 ) -> Adapter:
     """Read and check the adapter in `path`.
 
     `expected_shapes` maps the base's module names to their weight's shape (out, in); with it, an adapter of another base is
     refused: the message names the module, the adapter's shape and the base's, or the nearest module name. `finite` False leaves
-    the look at every value to the caller (`check_finite`); `hashed` is a faster way to hash. Raises AdapterError for everything that
-    cannot be served or merged exactly.
+    the look at every value to the caller (`check_finite`); `hashed` is a faster way to hash. With `buffer` the tensors are good until
+    it is used again. Raises AdapterError for everything that cannot be served or merged exactly.
     """
     path = Path(path)
     _locate(path)
     config, _ = read_config(path)
-    tensors, header, data = read_tensors(path / WEIGHTS)
+    tensors, header, data = read_tensors(path / WEIGHTS, buffer)
     arithmetic = {key: value for key, value in asdict(config).items() if key not in ("base_model", "targets")}
     hashing = Hashing(json.dumps(arithmetic, sort_keys=True).encode() + b"\0" + header, data, hashed)
     adapter = _adapter(path, config, tensors, hashing)

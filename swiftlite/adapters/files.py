@@ -61,11 +61,31 @@ def read_bytes(path: Path, limit: int = -1) -> bytes:
         raise AdapterError(f"cannot read {path}", error.strerror or str(error), "check the adapter's path") from None
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], bytes, memoryview]:
-    """(tensors by key, the header, all data) of a safetensors file. AdapterError unless it is whole."""
+class Buffer:
+    """Memory for one file at a time, kept for the next: fresh memory costs as much as what is read into it, or many times that."""
+
+    def __init__(self, most: int = 64 << 20) -> None:
+        """Files of more than `most` bytes get memory of their own."""
+        self.most = most
+        self._memory: mmap.mmap | None = None
+
+    def take(self, size: int) -> mmap.mmap:
+        """At least `size` bytes of anything. What was taken before is overwritten."""
+        if size > self.most:
+            return pages(size)
+        if self._memory is None or len(self._memory) < size:
+            self._memory = pages(size)
+        return self._memory
+
+
+def read_tensors(path: Path, buffer: Buffer | None = None) -> tuple[dict[str, Tensor], bytes, memoryview]:
+    """(tensors by key, the header, all data) of a safetensors file. AdapterError unless it is whole.
+
+    With `buffer` they are good until it is used again.
+    """
     with _open(path) as file:
         header, size = _header(path, file)
-        memory = pages(size)
+        memory = pages(size) if buffer is None else buffer.take(size)
         data, view = torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory)[:size]
         if _fill(file, view) != size:
             raise AdapterError(f"{path} is not a whole safetensors file", "it ended while it was read", AGAIN)

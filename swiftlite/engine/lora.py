@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from swiftlite.adapters.digest import lanes
 from swiftlite.adapters.directory import Adapter, read, read_header
+from swiftlite.adapters.files import Buffer
 from swiftlite.engine.aside import aside
 from swiftlite.engine.lora_extras import Extras
 from swiftlite.engine.lora_native import DTYPES, NativeLora
@@ -72,6 +73,7 @@ class LoraManager:
         self._arriving: list[tuple[str, str]] = []  # (name, path) of loads that go on
         self._memory = Room(self.store, memory)
         self._host = HostCache(host_memory)
+        self._buffer = None if host_memory else Buffer()  # what is read is not kept: the next may lie in its place
         self._wanted: deque[AdapterVersion] = deque()
         self._loader: threading.Thread | None = None
         self._tables: AdapterTables | None = None  # only with the Triton kernels
@@ -142,7 +144,7 @@ class LoraManager:
 
     def _read(self, path: str | Path) -> Adapter:
         hashed = lanes if self._native is None else self._native.lanes
-        return read(path, self.layers.shapes, max_rank=self.max_rank, finite=False, hashed=hashed)
+        return read(path, self.layers.shapes, max_rank=self.max_rank, finite=False, hashed=hashed, buffer=self._buffer)
 
     def _size(self, adapter: Adapter) -> int:
         self.store.check(adapter)

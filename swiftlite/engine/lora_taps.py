@@ -132,6 +132,8 @@ class Layers:
     def set_batch(self, jobs: Sequence[Job], extras: list[tuple[Extras, int, int]], rows: int, logits_rows: Tensor | None) -> None:
         """Work for the next forward of `rows` rows; no jobs and no extras: the stock modules run."""
         self.jobs, self.extras, self._rows = jobs, extras, rows
+        if not (jobs or extras or self._armed):
+            return  # the base alone, as before: nothing to look at
         for group in self.groups:
             group.forget()
         wanted = self._taps if jobs or any(one.changes_linears for one, *_ in extras) else []
