@@ -6,6 +6,7 @@ model is loaded, and nothing is written before everything is checked.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -88,7 +89,7 @@ def _train(
     from swiftlite.models.segments import register
     from swiftlite.train import build, neftune
     from swiftlite.train.full import Full, write_generation_config
-    from swiftlite.train.loop import LoopSettings, Trainer, closing
+    from swiftlite.train.loop import LoopSettings, Trainer
     from swiftlite.train.loss import TargetLoss
     from swiftlite.train.optimizers import OptimizerSettings
 
@@ -113,12 +114,13 @@ def _train(
     trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))
     ready = time.perf_counter() - began
     print(f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%}); model ready in {ready:.1f} s")
-    build.checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained, ranks)
+    checkpointed = build.checkpointing(options, model, loss, [samples[i] for i in plan.largest_pass()], trained, ranks)
+    build.compiling(options, model, device, checkpointed, ranks)
     build.sharding(options, loss, device, everything)
     longest = min(positions, options.max_new_tokens + max((len(question.prompt) for question in questions), default=0))
     ask = answers.Answers(model, tuner, model_dir, tokenizer, template.stop_ids, options.max_new_tokens, longest, device)
     generate = answers.score(ask, questions, ranks) if options.predict_with_generate else None
-    shown = answers.Samples.chosen(options, ask, questions) if ranks.first and not sharded else None
+    shown = answers.Samples.chosen(options, ask, questions) if ranks.first and not sharded and not options.torch_compile else None
     if shown is not None and not resumed:
         shown.start()
 
@@ -168,7 +170,7 @@ def _train(
         f"eval_{options.metric_for_best_model or ('rouge-l' if generate else 'loss')}",
     )  # fmt: skip
     history = state.get("log_history", [])
-    with closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
+    with contextlib.closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
         trainer = Trainer(
             model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, collect,
             {"fingerprint": rows.fingerprint, "data": rows.table()}, ranks, generate, sharded,

@@ -11,7 +11,6 @@ Does not know data formats, templates, adapters' files: it gets encoded rows, a 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import signal
@@ -27,6 +26,7 @@ from torch import nn
 from swiftlite.errors import CheckpointError, TrainError
 from swiftlite.train import checkpoint, memory
 from swiftlite.train.batches import Sample, collate
+from swiftlite.train.evaluation import Evaluation, Generate
 from swiftlite.train.interrupt import Interrupt
 from swiftlite.train.log import Logbook
 from swiftlite.train.loss import TargetLoss
@@ -95,18 +95,18 @@ class Trainer:
         collect: Collect,
         extra_state: dict[str, Any],
         ranks: Ranks = Ranks(),
-        generate: Callable[[Callable[[], bool]], dict[str, float] | None] | None = None,
+        generate: Generate | None = None,
         sharded: bool = False,
         saved: Callable[[Path], None] | None = None,
     ) -> None:
         """`collect`: what a checkpoint holds, asked of every process; the first one writes it. `sharded`: by --fsdp.
 
-        `generate`: more values of an evaluation, from answers; it asks its argument whether to stop, and is None then.
-        `saved` gets every checkpoint that is on disk.
+        `evaluation`, `eval_rows`, `generate`: see Evaluation. `saved` gets every checkpoint that is on disk.
         """
-        self.ranks, self.generate, self.sharded, self.saved = ranks, generate, sharded, saved
+        self.ranks, self.sharded, self.saved = ranks, sharded, saved
         self.model, self.tuner, self.loss, self.plan, self.schedule = model, tuner, loss, plan, schedule
-        self.samples, self.evaluation, self.settings = samples, evaluation, settings
+        self.samples, self.settings = samples, settings
+        self.evaluation = Evaluation(evaluation, eval_rows, plan.packing, loss, ranks, sharded, generate)
         self.folder, self.logbook, self.collect, self.extra_state = folder, logbook, collect, extra_state
         self.device = loss.device
         self.named = list(tuner.named_parameters())
@@ -115,10 +115,6 @@ class Trainer:
         self.heard: signal.Signals | None = None
         self.progress = Progress()
         self._reset_window()
-        self.eval_passes: list[list[int]] = []
-        if evaluation:
-            lengths = [len(sample.ids) for sample in evaluation]
-            self.eval_passes = Plan.make(lengths, eval_rows, 1, plan.packing, False, 0).passes(0)
         self.optimizer = build(self.named, schedule.peak, settings.optimizer)
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -330,30 +326,11 @@ class Trainer:
         self.logbook.train(row, eta)
         self._reset_window()
 
-    @torch.no_grad()
     def _evaluate(self, stop: Interrupt) -> bool:
-        """Loss, token accuracy and what `generate` adds; True when it is the best so far. A signal cuts it short."""
-        nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.model.eval()
-        for rows, counts in self.ranks.share(self.eval_passes, even=self.sharded):
-            if stop.signal is not None and self.ranks.world == 1:
-                self.model.train()
-                return False
-            batch = collate([self.evaluation[i] for i in rows], self.device)
-            batch_nll, batch_hits = self.loss(batch)
-            if counts:
-                nll += batch_nll
-                hits += batch_hits
-        self.model.train()
-        self.ranks.sum([nll, hits])
-        targets = sum(int(sample.mask[1:].sum()) for sample in self.evaluation)
-        values = {"eval_loss": nll.item() / targets, "eval_token_acc": hits.item() / targets}
-        if self.generate is not None:
-            more = self.generate(lambda: stop.signal is not None)
-            if more is None:
-                return False
-            values |= more
+        """Log an evaluation; True when it is the best so far. A signal cuts it short."""
+        values = self.evaluation.values(lambda: stop.signal is not None)
+        if values is None:
+            return False
         self.logbook.evaluation({**values, "epoch": self._epoch(), "global_step": self.progress.step})
         self.row_time = time.perf_counter()
         value, best = values[self.settings.best_metric], self.progress.best_metric
@@ -377,6 +354,9 @@ class Trainer:
 
     def _frozen(self) -> str:
         names = [name for name, parameter in self.named if parameter.grad is None]
+        if not names:
+            first = ", ".join(name for name, _ in self.named[:3])
+            return f"those of {first}{' ...' if len(self.named) > 3 else ''} ({len(self.named)} tensors) are there, and 0"
         return f"no gradient reached {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} of {len(self.named)} tensors)"
 
     def _check_gradients(self, norm: torch.Tensor) -> None:
@@ -388,11 +368,3 @@ class Trainer:
             )
         if missing:
             self.logbook.say(f"note: {self._frozen()}; they are not used by the model's forward pass and stay as they are")
-
-
-@contextlib.contextmanager
-def closing(logbook: Logbook) -> Iterator[Logbook]:
-    try:
-        yield logbook
-    finally:
-        logbook.close()
