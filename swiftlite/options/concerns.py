@@ -143,6 +143,10 @@ class TrainOptions:
     label_smoothing_factor: float = opt(0.0, "share of each target's probability that is spread over the vocabulary")
     neftune_noise_alpha: float | None = opt(None, "noise on the embeddings in training, e.g. 5 (arXiv 2310.05914)")
     gradient_checkpointing: bool | None = opt(None, "recompute activations to save memory; default: only when it would not fit")
+    torch_compile: bool = opt(
+        False, "compile the decoder layers: the first steps take half a minute or more longer; measured on 2 CPU cores, LoRA on 0.6B "
+        "parameters: a tenth less memory, 1 percent faster"
+    )  # fmt: skip
     logging_steps: int = opt(5, "log every so many steps")
     eval_steps: int | None = opt(None, "evaluate every so many steps; default: as --save_steps")
     save_steps: int = opt(50, "save a checkpoint every so many steps; the last step is always saved")

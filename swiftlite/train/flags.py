@@ -102,6 +102,8 @@ def check(options: Options) -> Path:
         raise UsageError(
             f"--metric_for_best_model {options.metric_for_best_model} needs answers", fix="add --predict_with_generate true"
         )  # fmt: skip
+    if options.torch_compile and (options.predict_with_generate or options.sample_answers):
+        raise UsageError("--torch_compile compiles layers for training, the engine could not answer with them", fix="leave one out")
     if options.predict_with_generate and options.fsdp:
         raise UsageError("--predict_with_generate cannot run with --fsdp", "the engine needs the whole model in a process", "leave one out")
     if options.sample_answers is not None and options.sample_answers < 0:
@@ -115,6 +117,8 @@ def _check_fsdp(options: Options) -> None:
     """UsageError for what cannot be sharded."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise UsageError("--fsdp needs several processes to share the model", "this is one", "set NPROC_PER_NODE, or leave --fsdp out")
+    if options.torch_compile:
+        raise UsageError("--torch_compile cannot run with --fsdp", "sharded layers change their parameters in every pass", "leave one out")
     if options.optim not in ("adamw", "sgd"):
         raise UsageError(f"--optim {options.optim} looks at whole matrices, --fsdp leaves a share", fix="use --optim adamw or sgd")
     if options.sample_answers:
