@@ -125,7 +125,7 @@ def test_killed_at_any_moment_a_run_goes_on(tmp_path, model, data):
     """SIGKILL while every step saves: what is named checkpoint-N is whole, and the newest one is gone on with."""
     flags = [*command(model, data, tmp_path / "out", "--max_steps", "100000", "--save_steps", "1"), "--gradient_accumulation_steps", "1"]
     resumed: list[str] = []
-    for attempt in range(3):
+    for attempt in range(2):
         process = subprocess.Popen(
             [sys.executable, "-m", "swiftlite.cli", "sft", *(resumed or flags)], env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -146,7 +146,7 @@ def test_killed_at_any_moment_a_run_goes_on(tmp_path, model, data):
             assert state["global_step"] == checkpoint.step_of(path) and tensors is not None
         resumed = ["--resume_from_checkpoint", str(found[-1])]
     step = checkpoint.step_of(found[-1])
-    assert step >= 12
+    assert step >= 8
     assert cli.main(["sft", *resumed, "--max_steps", str(step + 2)]) == 0
     run = found[-1].parent
     assert [row["global_step"] for row in training(run)] == list(range(1, step + 3))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 32
 TRAINED = "trained"
-SAMPLES = 4
+SAMPLES, SAMPLE_TOKENS = 4, 48  # of the report, where nobody asked for more
 CHEAP, CHEAP_CUDA = 1.5e9, 16e9  # bytes of weights up to which the report's answers take seconds
 
 
@@ -152,6 +152,7 @@ class Samples:
         if count is None:
             size = sum(p.numel() * p.element_size() for p in ask.model.parameters())
             count = SAMPLES if ask.shares and size <= (CHEAP_CUDA if ask.device.type == "cuda" else CHEAP) else 0
+            ask = replace(ask, max_new_tokens=min(SAMPLE_TOKENS, ask.max_new_tokens))
         return Samples(ask, [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows) if count and rows else None
 
     def start(self) -> None:
