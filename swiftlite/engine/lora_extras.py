@@ -7,7 +7,6 @@ to do here. All of it costs only the rows that have it. It knows tensors and mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -95,17 +94,25 @@ class Extras:
             y.copy_(y.float() + shift)
 
 
-def unpack(packed: PackedWeight) -> Tensor:
-    return packed.to_dense()
+class Unpacker:
+    """Plain weights of packed products; the last one is kept, for the other parts of a fused product."""
+
+    def __init__(self) -> None:
+        self._last: tuple[PackedWeight, Tensor] | None = None
+
+    def dense(self, packed: PackedWeight) -> Tensor:
+        if self._last is None or self._last[0] is not packed:
+            self._last = (packed, packed.to_dense())
+        return self._last[1]
 
 
-def weight_of(name: str, module: nn.Linear, unpack: Callable[[PackedWeight], Tensor] = unpack) -> Tensor:
+def weight_of(name: str, module: nn.Linear, unpacker: Unpacker) -> Tensor:
     """The base weight [out, in] of a linear however it is packed. AdapterError where it is not kept in a readable form."""
     if isinstance(module, FusedPart):
         start = sum(module.fused.widths[: module.index])
-        return unpack(module.fused.product.packed)[start : start + module.out_features]
+        return unpacker.dense(module.fused.product.packed)[start : start + module.out_features]
     if isinstance(module, PackedLinear):
-        return unpack(module.packed)
+        return unpacker.dense(module.packed)
     if type(module) is nn.Linear:
         return module.weight.detach()
     raise AdapterError(f"DoRA needs the base weight of {name}", f"it is a {type(module).__name__}", "serve it on the 16-bit base")
@@ -119,10 +126,10 @@ def bias_of(module: nn.Linear) -> Tensor | None:
     return None if module.bias is None else module.bias.detach()
 
 
-def dora_gain(name: str, module: nn.Linear, weights: LoraWeights, unpack: Callable[[PackedWeight], Tensor] = unpack) -> Tensor:
+def dora_gain(name: str, module: nn.Linear, weights: LoraWeights, unpacker: Unpacker) -> Tensor:
     """g [out] float32 = m / |W + s B A|, row by row of W."""
     assert weights.magnitude is not None
-    whole = weight_of(name, module, unpack)
+    whole = weight_of(name, module, unpacker)
     a, b = weights.a.to(whole.device).float(), weights.b.to(whole.device).float()
     # Some rows at a time: they stay in the CPU's cache.
     norms = [torch.addmm(rows.float(), b_rows, a, alpha=weights.scale).norm(dim=1)

@@ -7,7 +7,6 @@ requests; `lora.py` decides who stays and who goes.
 
 from __future__ import annotations
 
-import functools
 import threading
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from swiftlite.adapters.directory import Adapter, LoraWeights, check_finite, not_finite
 from swiftlite.engine.aside import give_way
-from swiftlite.engine.lora_extras import Extras, TokenTable, bias_of, dora_gain, embedding_scale, unpack, weight_of
+from swiftlite.engine.lora_extras import Extras, TokenTable, Unpacker, bias_of, dora_gain, embedding_scale, weight_of
 from swiftlite.engine.lora_native import DTYPES, NativeLora
 from swiftlite.engine.lora_ops import GroupShape, Stack
 from swiftlite.engine.lora_taps import MERGE, Layers
@@ -151,7 +150,7 @@ class WeightStore:
 
     def _extras(self, adapter: Adapter) -> Extras:
         layers, extras = self.layers, Extras()
-        once = functools.lru_cache(maxsize=1)(unpack)  # parts of one product come one after the other
+        unpacker = Unpacker()
         if any(weights.magnitude is not None for weights in adapter.modules.values()):
             give_way()  # it takes a second: running answers go first
         for name, (module, group, part) in layers.linears.items():
@@ -159,7 +158,7 @@ class WeightStore:
             if weights is None:
                 continue
             if weights.magnitude is not None:
-                gain = extras.gains[group, part] = dora_gain(name, module, weights, once)
+                gain = extras.gains[group, part] = dora_gain(name, module, weights, unpacker)
                 bias = bias_of(module)
                 if bias is not None:
                     extras.shifts[group, part] = (1 - gain) * bias.float()
@@ -190,7 +189,7 @@ class WeightStore:
             module = ends.get(name.rpartition(".")[0])
             own = None
             if module is not None:
-                own = module.weight if isinstance(module, nn.Embedding) else weight_of(name, module)
+                own = module.weight if isinstance(module, nn.Embedding) else weight_of(name, module, Unpacker())
             if own is None or not torch.equal(tensor.to(own), own):
                 raise AdapterError(
                     f"{adapter.path} was trained on another {name}", "its file brings the base's weight along, and it differs", MERGE
