@@ -6,6 +6,8 @@
 // look-ups for 64 weights, and sum(x (2q + 1)) = 2 sum(x q) + sum(x) gives the product back. A panel meets a block of up to 12 rows;
 // further blocks of rows read what the first one left in the second-level cache.
 // Elsewhere, and for float32 inputs, the same layout goes through plain vectors.
+#include <cfloat>
+#include <cmath>
 #include <vector>
 
 #include "vectors.h"
@@ -74,6 +76,46 @@ void linear_any(T* out, const T* x, const int8_t* w, const float* scale, const T
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4) tile_any<4, 1>(to + r * n, n, wide.data() + r * k, k, from, s, b, width, k);
         for (; r < rows; r++) tile_any<1, 4>(to + r * n, n, wide.data() + r * k, k, from, s, b, width, k);
+    }
+}
+
+// One row, rounded to nearest: its bytes, in order; the scale is of type T, as in rounding.py.
+template <class T>
+float quantize_row(int8_t* to, const T* from, int64_t k) {
+    v16f largest = {};
+    int64_t i = 0;
+    for (; i + 16 <= k; i += 16) {
+        const v16f x = load(from + i), size = x < 0 ? -x : x;
+        largest = size > largest ? size : largest;
+    }
+    float most = highest(largest);
+    for (; i < k; i++) most = std::fmax(most, std::fabs(to_float(from[i])));
+    T stored;
+    put(&stored, std::fmax(most / 127.5f, FLT_MIN));
+    const float scale = to_float(stored);
+    for (i = 0; i < k; i++) {
+        float q = to_float(from[i]) / scale;
+        q = (q + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to even
+        q = q < -128.0f ? -128.0f : q > 127.0f ? 127.0f : q;
+        to[i] = code((int8_t)(int)q);
+    }
+    return scale;
+}
+
+template <class T>
+void quantize(int8_t* out, float* scale, const T* w, int64_t n, int64_t k, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<int8_t> row(k);
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < (n + WIDTH - 1) / WIDTH; panel++) {
+            int8_t* to = out + panel * WIDTH * k;
+            if ((panel + 1) * WIDTH > n) memset(to, 0, WIDTH * k);
+            for (int64_t o = 0; o < WIDTH && panel * WIDTH + o < n; o++) {
+                scale[panel * WIDTH + o] = quantize_row(row.data(), w + (panel * WIDTH + o) * k, k);
+                for (int64_t i = 0; i < k; i += 2) memcpy(to + i * WIDTH + place(o, 0), row.data() + i, 2);
+            }
+        }
     }
 }
 
@@ -213,6 +255,14 @@ int swift_int8_many(int is_bf16) {
 #else
     return 0;
 #endif
+}
+
+// w [n][k] in float32 or bfloat16 -> panels and scale [n]
+void swift_int8_quantize(int is_bf16, int8_t* out, float* scale, const void* w, int64_t n, int64_t k, int threads) {
+    if (is_bf16)
+        quantize(out, scale, (const bf16*)w, n, k, threads);
+    else
+        quantize(out, scale, (const float*)w, n, k, threads);
 }
 
 // w [n][k] row by row -> panels, out [(n + 31) / 32 * 32 * k]; k even

@@ -30,6 +30,8 @@ class Kernels:
         self.pack.argtypes = [pointer, pointer, long, long, integer]
         self.unpack.argtypes = [pointer, pointer, long, long, long, integer]
         self.linear.argtypes = [integer, pointer, pointer, pointer, pointer, pointer, long, long, long, long, integer]
+        self.quantize = library.swift_int8_quantize
+        self.quantize.argtypes = [integer, pointer, pointer, pointer, long, long, integer]
         self.many = library.swift_int8_many
         self.many.argtypes, self.many.restype = [integer], integer
 
@@ -45,10 +47,11 @@ class Rows(Protocol):
 def multiply_pieces(x: Tensor, weight: Rows, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] times the integers of `weight`, piece by piece, by `scale` [out], plus `bias`: [..., out]."""
     out = torch.empty(*x.shape[:-1], len(scale), dtype=x.dtype)
+    x = x.float() if x.dtype == torch.float16 else x  # sums of integers leave float16's range
     for first in range(0, len(scale), PIECE):
         end = min(first + PIECE, len(scale))
-        dense = (weight.rows(first, end).float() * scale[first:end, None]).to(x.dtype)
-        out[..., first:end] = linear(x, dense, None if bias is None else bias[first:end])
+        product = linear(x, weight.rows(first, end).to(x.dtype)).float() * scale[first:end]
+        out[..., first:end] = product if bias is None else product + bias[first:end]
     return out
 
 
@@ -88,6 +91,13 @@ class PanelInt8:
         self.kernels.pack(self.addresses[0] + first * self.k, q.data_ptr(), len(q), self.k, torch.get_num_threads())
         self.scale[first : first + len(q)] = scale
 
+    def quantize(self, weight: Tensor) -> None:
+        """Take all of a float32 or bfloat16 weight [n, in], rounded as `round_to_nearest` does."""
+        assert weight.dtype in (torch.float32, torch.bfloat16) and weight.shape == (self.n, self.k)
+        weight = weight.contiguous()
+        narrow, threads = weight.dtype == torch.bfloat16, torch.get_num_threads()
+        self.kernels.quantize(narrow, *self.addresses, weight.data_ptr(), self.n, self.k, threads)
+
     def rows(self, first: int, end: int) -> Tensor:
         out = torch.empty(end - first, self.k, dtype=torch.int8)
         self.kernels.unpack(out.data_ptr(), self.addresses[0], first, end, self.k, torch.get_num_threads())
@@ -119,11 +129,14 @@ def new_int8(kernels: Kernels | None, n: int, k: int) -> PlainInt8 | PanelInt8:
 
 
 def choose_int8(library: ctypes.CDLL | None) -> Pack:
-    """Quantizes a weight [out, in] as it is packed, piece by piece, so that no whole copy in float32 is ever made."""
+    """Quantizes a weight [out, in] as it is packed; no whole copy in float32 is ever made."""
     kernels = None if library is None else Kernels(library)
 
     def pack(weight: Tensor) -> PackedWeight:
         packed = new_int8(kernels, *weight.shape)
+        if isinstance(packed, PanelInt8):
+            packed.quantize(weight.detach())
+            return packed
         for first in range(0, len(weight), PIECE):
             q, scale = round_to_nearest(weight[first : first + PIECE].detach(), 8, None)
             packed.put(first, q, scale[:, 0])
