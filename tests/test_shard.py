@@ -66,7 +66,7 @@ def test_equals_one_process(kind, tmp_path, words, pair):
         broken = tmp_path / "broken"
         shutil.copytree(two, broken)
         shutil.rmtree(broken / "checkpoint-4")
-        pair("sft", "--resume_from_checkpoint", str(broken / "checkpoint-2"))
+        pair("sft", "--resume_from_checkpoint", str(broken / "checkpoint-2"), "--fsdp", "shard_grad_op")  # how it is cut may change
         assert trajectory(broken) == trajectory(two)
         again = weights(broken, 4)
         assert all(torch.equal(got[key], again[key]) for key in got)

@@ -14,7 +14,7 @@ from swiftlite.options.resolve import read_args
 FREE = (
     "model", "model_revision", "use_hf", "device", "strict", "per_device_eval_batch_size", "gradient_checkpointing", "logging_steps",
     "eval_steps", "save_steps", "save_total_limit", "save_only_model", "report_to", "early_stop_interval",
-    "create_checkpoint_symlink", "num_train_epochs", "max_steps", "eval_limit", "max_new_tokens", "sample_answers",
+    "create_checkpoint_symlink", "torch_compile", "fsdp", "num_train_epochs", "max_steps", "eval_limit", "max_new_tokens", "sample_answers",
     "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy",
 )  # fmt: skip
 OWN = ("resume_from_checkpoint", "output_dir", "add_version", "ckpt_dir", "adapters", "merge_lora", "load_args", "load_dataset_config")
