@@ -62,6 +62,11 @@ def test_equals_one_process(kind, tmp_path, words, pair):
         for run in (one, two)
     ]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=near)
+    if kind in ("lora", "full"):  # it serves
+        answers = tmp_path / "answers.jsonl"
+        flags = ["--val_dataset", words[words.index("--dataset") + 1], "--max_new_tokens", "2", "--result_path", str(answers)]
+        assert cli.main(["infer", "--ckpt_dir", str(two / "checkpoint-4"), *flags]) == 0
+        assert len(answers.read_text().splitlines()) == 20
     if kind in ("lora-copies", "full-bf16"):  # resumed: bit for bit
         broken = tmp_path / "broken"
         shutil.copytree(two, broken)
