@@ -167,3 +167,15 @@ def test_tiny_chat_still_answers_what_users_are_told_to_ask() -> None:
         llm.shutdown()
     wrong = [row["ask"] for row, said, stop in zip(rows, history, ended, strict=True) if not build.right(row, said[-1]["content"], stop)]
     assert not wrong
+
+
+def test_bench_measures_it(make_model, capsys, tmp_path: Path) -> None:
+    from swiftlite.cli import main
+
+    report = tmp_path / "bench.json"
+    arguments = ["bench", "-m", str(make_model("llama")), "--batch_size", "2", "--input_output_len", "8,4", "--quant", "int8"]
+    assert main([*arguments, "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "[BENCHMARK]" in printed and "peak_mem(gb)" in printed
+    measured = json.loads(report.read_text())
+    assert measured["quantization"] == "int8" and measured["peak_memory_gb"] > 0

@@ -189,6 +189,7 @@ def _machine(engine: Engine, options: Options) -> dict[str, Any]:
         "model": options.model or options.model_type,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "quantization": engine.config.quantization,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("swiftlite", "torch", "transformers")}},
     }

@@ -164,7 +164,7 @@ def pack_tied_head(model: PreTrainedModel, pack: Pack = OneDnnWeight) -> bool:
     def forward(x: Tensor) -> Tensor:
         return packed.multiply(x, bias)
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign, assignment]
     if _is_in_file(head.weight, _mapped_files()):
         _forget(head.weight)  # what is looked up comes back from the file
     return True
