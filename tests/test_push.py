@@ -70,6 +70,19 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             hub.created.append(json.loads(body))
             return self.answer({"url": f"{hub.url}/{hub.created[-1].get('organization', 'anna')}/{hub.created[-1]['name']}"})
+        if path == "/api/v1/login":
+            user = {"AccessToken": "git", "Username": "anna", "Email": "anna@example.org"}
+            return self.answer({"Code": 200, "Success": True, "Data": user})
+        if path == "/openapi/v1/users/me":
+            return self.answer({"success": True, "data": {"username": "anna", "email": "anna@example.org"}})
+        if path == "/api/v1/models":
+            hub.created.append(json.loads(body))
+            return self.answer({"Code": 200, "Success": True, "Data": {}})
+        if path.endswith("/commit/master"):  # ModelScope's; Hugging Face's branch is main
+            actions = json.loads(body)["actions"]
+            stored = {a["path"]: hub.blobs[a["sha256"]] if a["type"] == "lfs" else base64.b64decode(a["content"]) for a in actions}
+            hub.commits.append(stored)
+            return self.answer({"Code": 200, "Success": True, "Data": {}})
         if "/preupload/" in path:
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"} for f in files]
@@ -141,6 +154,18 @@ def test_every_save_is_a_commit(tmp_path, hub, words):
     assert "pushed checkpoint-4 to Hugging Face: anna/run" in done.stdout
     for path in [p for p in run.rglob("*") if p.is_file()]:
         assert b"good-secret" not in path.read_bytes(), path  # settings are published
+
+
+def test_modelscope_holds_the_result(tmp_path, hub, words):
+    flags = [*words, "--hub_model_id", "anna/run", "--hub_private_repo", "true", "--hub_strategy", "end", "--split_dataset_ratio", "0"]
+    done = sft(tmp_path, hub, *flags, MODELSCOPE_API_TOKEN="good")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "out").glob("*/v*")
+    assert hub.created[0]["Name"] == "run" and hub.created[0]["Visibility"] == 1
+    files = {name: content for commit in hub.commits for name, content in commit.items()}
+    assert pushed(run, "checkpoint-4") <= set(files)
+    assert files["adapter_model.safetensors"] == (run / "checkpoint-4" / "adapter_model.safetensors").read_bytes()
+    assert "trainer_state.pt" not in files
 
 
 def test_a_failing_push_ends_no_training(tmp_path, hub, words):
