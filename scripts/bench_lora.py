@@ -1,7 +1,8 @@
 """What `swift bench --adapters` does not measure about adapters: loading under load, thousands of them, and memory given back.
 
-usage: bench_lora.py MODEL [--adapters DIR ...] [--many DIR] [--json FILE] [--only load,streams,base,many,memory]
+usage: bench_lora.py MODEL [--adapters DIR ...] [--many DIR] [--json FILE] [--only mixed,load,streams,base,many,memory]
 
+  mixed    a batch whose requests each have another adapter, against the same batch on the base, in turn on one engine
   load     file to first token of an adapter that is new, against a request to the base, on an idle engine
   streams  20 adapters loaded and unloaded in a row while 16 streams run: the largest gap between two tokens against a usual step
   base     steps of the base alone: an engine with adapters in memory against one without any
@@ -154,6 +155,32 @@ def base(model: str, adapters: list[str], repeats: int = 5) -> dict[str, float]:
     return {"without": best["without"], "with": best["with"], "ratio": best["with"] / best["without"]}
 
 
+def mixed(model: str, adapters: list[str], rounds: int = 4) -> dict[str, float]:
+    """Speed of requests over all adapters as a share of the base's: prefill of 128-token prompts, decode at batch 1, 8 and 32."""
+    generator = random.Random(0)
+    best: dict[tuple[str, bool], float] = {}
+    with start(model, max_num_seqs=32) as engine:
+        for index, path in enumerate(adapters):
+            engine.add_adapter(f"m{index}", path)
+
+        def seconds(batch: int, tokens: int, adapted: bool) -> float:
+            prompts = [prompt(128, generator) for _ in range(batch)]
+            names = [f"m{i % len(adapters)}" if adapted else None for i in range(batch)]
+            begun = time.perf_counter()
+            engine.generate(prompts, greedy(tokens), names)
+            return time.perf_counter() - begun
+
+        for _ in range(rounds):
+            for batch in (1, 8, 32):
+                for adapted in (False, True):
+                    first = seconds(batch, 1, adapted)
+                    rest = seconds(batch, 33, adapted) - first
+                    cases = {f"decode_{batch}": rest} | ({"prefill": first} if batch == 8 else {})
+                    for name, value in cases.items():
+                        best[name, adapted] = min(value, best.get((name, adapted), value))
+    return {name: best[name, False] / best[name, True] for name, adapted in best if adapted}
+
+
 def make_many(model: str, folder: Path, count: int) -> None:
     """`count` adapters, each written whole or not at all. The first layer's A and B are random, the rest are zeros in a file's hole:
     they are read, checked and multiplied like any other, and take no disk."""
@@ -242,11 +269,11 @@ def main() -> None:
     parser.add_argument("--many", type=Path)
     parser.add_argument("--count", type=int, default=COUNT, help="adapters of the case `many`")
     parser.add_argument("--requests", type=int, default=256, help="requests of the case `many`")
-    parser.add_argument("--only", default="load,streams,base,many,memory")
+    parser.add_argument("--only", default="mixed,load,streams,base,many,memory")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     adapters = options.adapters or [str(path) for path in sorted(Path(options.model).parent.glob(Path(options.model).name + "-lora*"))]
-    cases = {"load": load, "streams": streams, "base": base, "memory": memory}
+    cases = {"mixed": mixed, "load": load, "streams": streams, "base": base, "memory": memory}
     report: dict[str, Any] = {"model": options.model, "threads": torch.get_num_threads()}
     for name in options.only.split(","):
         if name == "many":
@@ -258,7 +285,7 @@ def main() -> None:
             found = cases[name](options.model, adapters)
         report[name] = found
         print(
-            f"{name}: " + ", ".join(f"{key} {value:.3g}" if key == "ratio" else f"{key} {value:.1f}" for key, value in found.items()),
+            f"{name}: " + ", ".join(f"{key} {value:.3g}" if value < 2 else f"{key} {value:.1f}" for key, value in found.items()),
             flush=True,
         )
     if options.json:

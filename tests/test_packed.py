@@ -11,7 +11,10 @@ from test_runner import CPU, Item, Seq, make_runner, prompts_for
 from torch import nn
 from torch.nn import functional as F
 
+from swiftlite.engine import lora_taps
 from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.lora_native import NativeJob
+from swiftlite.engine.panels import PanelWeight
 from swiftlite.engine.runner import Runner
 from swiftlite.models.packed import FusedPart, PackedLinear, can_pack, pack_linears, pack_tied_head
 
@@ -110,3 +113,37 @@ def test_adapters_work_on_packed_linears(make_model, make_adapter) -> None:
         results.append(runner.execute([Item(seq, 0, len(seq.token_ids)) for seq in seqs]))
     torch.testing.assert_close(results[0], results[1], rtol=2e-4, atol=2e-4)
     assert (results[0][1] - results[0][2]).abs().max() > 0.1
+
+
+def test_adapters_join_the_product(make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for the base's product and the adapters' gives bit for bit what two calls give, for any mix of rows."""
+    path: Path = make_model("qwen3")
+    runner = Runner(path, EngineConfig(num_blocks=160, block_size=4), torch.bfloat16, CPU)
+    if not any(isinstance(m, PackedLinear) and isinstance(m.packed, PanelWeight) for m in runner.model.modules()):
+        pytest.skip("needs a CPU with AVX512-BF16")
+    for index, rank in enumerate((4, 3)):
+        runner.lora.add(f"a{index}", make_adapter(path, index, rank=rank))
+    one, two = runner.lora.acquire("a0"), runner.lora.acquire("a1")
+    prompts = prompts_for(runner.vocab_size, [12, 5, 1])
+    tables = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(4)]
+    batches = ([one, None, two, None], [one], [None, two], [one, one])
+
+    def run() -> list[torch.Tensor]:
+        found = []
+        for batch in batches:
+            seqs = [Seq(prompts[i % 3], tables[i], version) for i, version in enumerate(batch)]
+            for _ in range(2):  # the second time the plan is the last one's
+                found.append(runner.execute([Item(seq, 0, len(seq.token_ids)) for seq in seqs]).clone())
+        return found
+
+    calls = []
+    multiply = NativeJob.multiply
+    monkeypatch.setattr(NativeJob, "multiply", lambda self, *args: calls.append(1) or multiply(self, *args))
+    together = run()
+    assert calls
+    calls.clear()
+    monkeypatch.setattr(lora_taps, "PanelWeight", int)  # nothing is one
+    apart = run()
+    assert not calls
+    for left, right in zip(together, apart, strict=True):
+        assert torch.equal(left, right)

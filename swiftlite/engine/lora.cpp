@@ -1,4 +1,5 @@
-// Adapters of a batch on a CPU: y[row] += B (A x[row]) with each row's own A and B, all segments in one call; the packing of adapter
+// Adapters of a batch on a CPU: y[row] += B (A x[row]) with each row's own A and B, all segments in one call, the base's product
+// y = x W^T included where its weight is in panels; the packing of adapter
 // files into that layout, and their digests. A is [ranks of all parts, in], B is [rank, out] per part; both lie in a slot of a Stack
 // (lora_ops.py). h, the A product, is rounded to the model's dtype; everything else is summed in fp32. lora_native.py calls.
 #include <atomic>
@@ -8,7 +9,7 @@
 #include <omp.h>
 #endif
 
-#include "vectors.h"
+#include "linear.h"
 
 namespace {
 
@@ -23,6 +24,7 @@ struct Args {
     void* y;
     void* h;
     int64_t x_stride, y_stride, h_stride, entry;  // entry: offset of the group in a table
+    const Product* base;  // what y is before, nullptr: it is there already
     int32_t num_segments, width, first_part, end_part, shrink, is_bf16, threads, wide;
 };
 
@@ -250,7 +252,8 @@ void run(const Args& args) {
         expands[s + 1] = expands[s] + blocks(rows, ROW_BLOCK) * pieces[s];
     }
     Work first(shrinks[n], args.threads), second(expands[n], args.threads);
-    const auto worker = [&](auto&& barrier) {
+    const auto worker = [&](int index, int count, auto&& barrier) {
+        if (args.base) multiply(*args.base, index, count);
         int s = 0;
         first.run([&](int64_t unit) {
             while (unit >= shrinks[s + 1]) s++;
@@ -288,13 +291,13 @@ void run(const Args& args) {
 #ifdef _OPENMP
     if (args.threads > 1) {
 #pragma omp parallel num_threads(args.threads)
-        worker([] {
+        worker(omp_get_thread_num(), omp_get_num_threads(), [] {
 #pragma omp barrier
         });
         return;
     }
 #endif
-    worker([] {});
+    worker(0, 1, [] {});
 }
 
 INLINE bool is_finite(float x) {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from swiftlite.adapters.digest import LANES
 from swiftlite.engine.lora_ops import Segment, Stack
+from swiftlite.engine.panels import PanelWeight
 
 DTYPES = (torch.float32, torch.bfloat16)
 MANY_ROWS = 16  # a segment of more rows is cut into larger pieces of work
@@ -26,6 +27,7 @@ class _Args(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("segments", "outs", "x", "y", "h")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "h_stride", "entry")),
+        ("base", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("num_segments", "width", "first_part", "end_part", "shrink", "is_bf16", "threads", "wide")),
     )
 
@@ -55,11 +57,17 @@ class NativeLora:
         self.starts = [[sum(outs[:part]) for part in range(len(outs))] for _, outs in groups]
         self.outs = [torch.tensor([pair for start, out in zip(starts, outs, strict=True) for pair in (start, out)])
                      for starts, (_, outs) in zip(self.starts, groups, strict=True)]  # fmt: skip
+        self._segments: list[Segment] = []
+        self._jobs: list[NativeJob] = []
         self.outs_at = [outs.data_ptr() for outs in self.outs]
 
     def plan(self, segments: list[Segment]) -> list[NativeJob]:
-        """The job of consecutive runs of rows; none where no row has an adapter."""
-        return [NativeJob(self, segments)] if any(stack is not None and count for stack, _, count in segments) else []
+        """The job of consecutive runs of rows; none where no row has an adapter. The last plan's own list when nothing changed, as in
+        most steps of decoding."""
+        if segments != self._segments:
+            adapted = any(stack is not None and count for stack, _, count in segments)
+            self._segments, self._jobs = segments, [NativeJob(self, segments)] if adapted else []
+        return self._jobs
 
     def pack(self, moves: Sequence[tuple[Tensor, Tensor, float, Tensor | None]], transpose: Sequence[bool]) -> int | None:
         """Copy (to, from [rows, columns], scale, gains [rows] or None) each; returns the first that is not finite.
@@ -116,6 +124,16 @@ class NativeJob:
 
     def adapts(self, group: int, part: int | None = None) -> bool:
         return self.columns[group] > 0 if part is None else self.adapted[group][part]
+
+    def multiply(
+        self, weight: PanelWeight, bias: Tensor | None, group: int, first: int, end: int, x: Tensor, h: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The base's product [1, T, out] of x [1, T, in] with the adapters' added, in one call; and h. No segment's rows go beyond T."""
+        x, y = weight.prepare(x, bias)
+        self.args.base = weight.address
+        h = self.add(group, first, end, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), h)
+        self.args.base = None
+        return y, h
 
     def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:
         args, owner = self.args, self.owner

@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from swiftlite.engine.lora_extras import Extras
+from swiftlite.engine.lora_native import NativeJob
 from swiftlite.engine.lora_ops import Job
+from swiftlite.engine.panels import PanelWeight
 from swiftlite.errors import AdapterError
-from swiftlite.models.packed import FusedLinear, FusedPart
+from swiftlite.models.packed import FusedLinear, FusedPart, PackedLinear
 
 # Linears that read the same input; each name is the last part of a module's name, below one parent.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -47,8 +49,11 @@ class Group:
 class Tap:
     """Stands in for a module's `forward`."""
 
-    def __init__(self, module: nn.Module, apply: Callable[[Tensor, Tensor], None]) -> None:
-        self.module, self.apply = module, apply
+    def __init__(
+        self, module: nn.Module, apply: Callable[[Tensor, Tensor], None], join: Callable[[Tensor], Tensor | None] | None = None
+    ) -> None:
+        """`apply(x, y)` changes the stock result y in place; `join(x)` makes the changed result at once where it can, else None."""
+        self.module, self.apply, self.join = module, apply, join
         self.stock: Callable[[Tensor], Tensor] = module.forward
         self.own: Callable[[Tensor], Tensor] | None = None  # a forward that the module had on the instance
 
@@ -64,6 +69,8 @@ class Tap:
             self.module.__dict__["forward"] = self.own
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.join is not None and (joined := self.join(x)) is not None:
+            return joined
         y = self.stock(x)
         self.apply(x, y)
         return y
@@ -84,6 +91,7 @@ class Layers:
         self._head = Tap(model.get_output_embeddings(), self._apply_head)
         self._armed: list[Tap] = []
         self.jobs: Sequence[Job] = []
+        self.joined: NativeJob | None = None  # the only job, where the base's product and the adapters' can be one call
         self._rows = 0
         self.extras: list[tuple[Extras, int, int]] = []  # with first row and end
         self._logits: list[tuple[Extras, Tensor]] = []  # with the rows of the logits that are theirs
@@ -114,9 +122,11 @@ class Layers:
             self.linears |= {part: (found[part], group.index, i) for i, part in enumerate(parts)}
             if whole is not None:
                 fused[id(whole)] = group
-                self._taps.append(Tap(whole.product, _Whole(self, group, whole)))
+                every = _Whole(self, group, whole)
+                self._taps.append(Tap(whole.product, every, every.join))
             else:
-                self._taps += [Tap(found[part], _Part(self, group, i)) for i, part in enumerate(parts)]
+                some = [_Part(self, group, i, found[part]) for i, part in enumerate(parts)]
+                self._taps += [Tap(one.linear, one, one.join) for one in some]
 
     @staticmethod
     def _siblings(name: str, found: dict[str, nn.Linear]) -> list[str]:
@@ -131,7 +141,10 @@ class Layers:
 
     def set_batch(self, jobs: Sequence[Job], extras: list[tuple[Extras, int, int]], rows: int, logits_rows: Tensor | None) -> None:
         """Work for the next forward of `rows` rows; no jobs and no extras: the stock modules run."""
+        if jobs is self.jobs and rows == self._rows and not (extras or self.extras):
+            return  # the same requests as in the last step
         self.jobs, self.extras, self._rows = jobs, extras, rows
+        self.joined = jobs[0] if len(jobs) == 1 and not extras and isinstance(jobs[0], NativeJob) else None
         if not (jobs or extras or self._armed):
             return  # the base alone, as before: nothing to look at
         for group in self.groups:
@@ -187,7 +200,14 @@ class _Whole:
 
     def __init__(self, layers: Layers, group: Group, fused: FusedLinear) -> None:
         assert [name for name, _ in fused.parts] == group.parts and fused.widths == group.outs
-        self.layers, self.group = layers, group
+        self.layers, self.group, self.linear = layers, group, fused.product
+
+    def join(self, x: Tensor) -> Tensor | None:
+        job, group, weight = self.layers.joined, self.group, self.linear.packed
+        if job is None or not isinstance(weight, PanelWeight) or not job.adapts(group.index):
+            return None
+        self.layers.check_rows(x.numel() // x.shape[-1], group)
+        return job.multiply(weight, self.linear.bias, group.index, 0, len(group.parts), x, None)[0]
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         layers, group = self.layers, self.group
@@ -203,8 +223,17 @@ class _Whole:
 class _Part:
     """Adds adapters to one linear of a group; the A product of all its parts is kept for the others."""
 
-    def __init__(self, layers: Layers, group: Group, part: int) -> None:
-        self.layers, self.group, self.part = layers, group, part
+    def __init__(self, layers: Layers, group: Group, part: int, linear: nn.Linear) -> None:
+        self.layers, self.group, self.part, self.linear = layers, group, part, linear
+
+    def join(self, x: Tensor) -> Tensor | None:
+        job, group, linear = self.layers.joined, self.group, self.linear
+        if job is None or len(group.parts) > 1 or not isinstance(linear, PackedLinear) or not isinstance(linear.packed, PanelWeight):
+            return None
+        if not job.adapts(group.index):
+            return None
+        self.layers.check_rows(x.numel() // x.shape[-1], group)
+        return job.multiply(linear.packed, linear.bias, group.index, 0, 1, x, None)[0]
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         layers, group, part = self.layers, self.group, self.part

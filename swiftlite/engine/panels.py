@@ -14,6 +14,15 @@ from torch import Tensor
 from swiftlite.models.packed import OneDnnWeight, Pack, PackedWeight
 
 
+class Product(ctypes.Structure):
+    """struct Product of linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "x", "w", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "stride", "n", "k")),
+    )
+
+
 class Panels:
     """The kernel's functions with their signatures."""
 
@@ -24,7 +33,7 @@ class Panels:
         )  # fmt: skip
         self.size.argtypes, self.size.restype = [long, long], long
         self.pack.argtypes = self.unpack.argtypes = [pointer, pointer, long, long, integer]
-        self.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long, long, integer]
+        self.linear.argtypes = [pointer, integer]
 
 
 class PanelWeight:
@@ -35,23 +44,29 @@ class PanelWeight:
         self.data = torch.empty(panels.size(self.n, self.k), dtype=torch.bfloat16)
         weight = weight.detach().contiguous()
         panels.pack(self.data.data_ptr(), weight.data_ptr(), self.n, self.k, torch.get_num_threads())
-        self.address = self.data.data_ptr()
+        self.product = Product(w=self.data.data_ptr(), n=self.n, k=self.k)
+        self.address = ctypes.addressof(self.product)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def prepare(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Fill in `product` for x [..., T, in]. Returns x, with rows evenly spaced, and the result's memory [..., T, out]."""
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.k
-        if x.stride(-1) != 1 or (x.ndim > 2 and x.shape[:-2].numel() != 1):  # rows must be evenly spaced
+        alone = x.ndim == 2 or x.shape[:-2].numel() == 1
+        if x.stride(-1) != 1 or not alone:
             x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self.n, dtype=torch.bfloat16)
-        rows, stride = (x.shape[-2], x.stride(-2)) if x.shape[:-2].numel() == 1 else (x.numel() // self.k, self.k)
-        self.panels.linear(
-            out.data_ptr(), x.data_ptr(), self.address, None if bias is None else bias.data_ptr(), rows, stride, self.n, self.k,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        product = self.product
+        product.out, product.x, product.bias = out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr()
+        product.rows, product.stride = (x.shape[-2], x.stride(-2)) if alone else (x.numel() // self.k, self.k)
+        return x, out
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x, out = self.prepare(x, bias)  # x lives until the kernel is done
+        self.panels.linear(self.address, torch.get_num_threads())
         return out
 
     def to_dense(self) -> Tensor:
         out = torch.empty(self.n, self.k, dtype=torch.bfloat16)
-        self.panels.unpack(out.data_ptr(), self.address, self.n, self.k, torch.get_num_threads())
+        self.panels.unpack(out.data_ptr(), self.data.data_ptr(), self.n, self.k, torch.get_num_threads())
         return out
 
 
