@@ -32,6 +32,24 @@ def close(dtype: torch.dtype) -> dict:
     return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (1, 15), (2, 17), (3, 1024), (5, 3000), (0, 64)])
+def test_best_of_rows(rows: int, dim: int, dtype: torch.dtype) -> None:
+    """torch's max, with the first of equal places; infinite and NaN rows included."""
+    torch.manual_seed(dim)
+    x = torch.randn(rows, dim + 3).to(dtype)[:, :dim]
+    if rows > 2:
+        x[0, dim // 2] = torch.nan
+        x[1, :] = -torch.inf
+        x[2, [dim // 3, dim - 1]] = torch.inf
+    best, place = kernels().best_of_rows(x)
+    wanted = x.max(dim=-1).values.float()
+    torch.testing.assert_close(best, wanted, rtol=0, atol=0, equal_nan=True)
+    for row in range(rows):
+        if not wanted[row].isnan():
+            assert place[row] == (x[row].float() == wanted[row]).nonzero()[0, 0]
+
+
 class Norm(nn.Module):
     """The three ways models round an RMSNorm, and one that no kernel has."""
 

@@ -29,6 +29,7 @@ class World:
     """A scheduler, the requests in it, and a KV cache whose slots remember which prefix they were computed for."""
 
     num_blocks: int = 24
+    kernels: None = None
     max_num_seqs: int = 8
     budget: int = 16
     caching: bool = True

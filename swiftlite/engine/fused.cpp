@@ -1,6 +1,6 @@
-// Small steps of a decoder layer in one pass each.
+// Small steps of a decoder layer, and of greedy sampling, in one pass each.
 // Each repeats the rounding of the eager torch code that it replaces; fused.py checks that at load.
-#include <vector>
+#include <cmath>
 
 #include "steps.h"
 
@@ -64,6 +64,41 @@ void rope(T* out, const T* x, const T* cos, const T* sin, int64_t tokens, int he
     }
 }
 
+// The largest of each row of x[rows][dim] and the first place where it is; a row with NaN gives NaN.
+template <class T>
+void best_of_rows(float* best, int64_t* place, const T* x, int64_t rows, int64_t stride, int64_t dim, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const T* from = x + row * stride;
+        constexpr int64_t BLOCK = 1024;
+        float highest_yet = -INFINITY;
+        int64_t block = 0;
+        v16i odd = {};
+        for (int64_t start = 0; start < dim; start += BLOCK) {
+            const int64_t end = start + BLOCK < dim ? start + BLOCK : dim;
+            v16f top = splat(-INFINITY);
+            int64_t i = start;
+            for (; i + 16 <= end; i += 16) {
+                const v16f v = load(from + i);
+                odd |= v != v;
+                top = v > top ? v : top;
+            }
+            float here = highest(top);
+            for (; i < end; i++) {
+                const float v = to_float(from[i]);
+                odd[0] |= v != v;
+                here = v > here ? v : here;
+            }
+            if (here > highest_yet) highest_yet = here, block = start;
+        }
+        bool bad = false;
+        for (int i = 0; i < 16; i++) bad |= odd[i] != 0;
+        int64_t at = block;
+        while (!bad && at + 1 < dim && to_float(from[at]) != highest_yet) at++;
+        best[row] = bad ? NAN : highest_yet, place[row] = at;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -92,5 +127,9 @@ void swift_rope(int is_bf16, void* out, const void* x, const void* cos, const vo
                 int64_t token_stride, int64_t head_stride, int threads) {
     BOTH(rope((bf16*)out, (const bf16*)x, (const bf16*)cos, (const bf16*)sin, tokens, heads, dim, token_stride, head_stride, threads),
          rope((float*)out, (const float*)x, (const float*)cos, (const float*)sin, tokens, heads, dim, token_stride, head_stride, threads))
+}
+void swift_best_of_rows(int is_bf16, float* best, int64_t* place, const void* x, int64_t rows, int64_t stride, int64_t dim, int threads) {
+    BOTH(best_of_rows(best, place, (const bf16*)x, rows, stride, dim, threads),
+         best_of_rows(best, place, (const float*)x, rows, stride, dim, threads))
 }
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.bridge import NAME, Bridge, ForwardBatch
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.fused import fuse
+from swiftlite.engine.fused import Kernels, fuse
 from swiftlite.engine.int8 import choose_int8
 from swiftlite.engine.kv import KVCache, available_memory
 from swiftlite.engine.layers import fuse_layers
@@ -72,8 +72,10 @@ class Runner:
             pack_linears(self.model, self.bridge.shared_inputs, pack)
             pack_tied_head(self.model, pack)
         self.fused_layers = 0
+        self.kernels: Kernels | None = None
         if self.bridge.library is not None:
-            self.fused_layers = fuse_layers(self.bridge, fuse(self.model, self.bridge.library))
+            fused = fuse(self.model, self.bridge.library)
+            self.kernels, self.fused_layers = fused.kernels, fuse_layers(self.bridge, fused)
         self.max_model_len = self.bridge.max_model_len
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
         self.num_blocks = self._size_cache()

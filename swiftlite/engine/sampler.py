@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swiftlite.engine.attention_native import DTYPES
+from swiftlite.engine.fused import Kernels
 from swiftlite.engine.request import SamplingParams, TokenLogprob
 
 _MASK = 2**64 - 1
@@ -124,7 +126,8 @@ class _Plan:
 class Sampler:
     """Samples the rows of one step; keeps the last batch's plan, which decoding reuses."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self._kernels = kernels
         self._states: list[SamplingState] = []
         self._plan: _Plan | None = None
 
@@ -137,7 +140,7 @@ class Sampler:
         if plan is None or states != self._states or plan.penalties.device != logits.device:
             plan = self._plan = self._make_plan(states, logits)
             self._states = list(states)
-        best, chosen = logits.max(dim=-1)
+        best, chosen = self._best(logits)
         if plan.plain:
             found = chosen.tolist()
             if not torch.isfinite(best).all():
@@ -174,6 +177,11 @@ class Sampler:
         for row, entry in zip(plan.logprobs, token_logprobs(raw, tokens, [states[r].logprobs or 0 for r in plan.logprobs]), strict=True):
             logprobs[row] = entry
         return found, logprobs
+
+    def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self._kernels is not None and logits.device.type == "cpu" and logits.dtype in DTYPES:
+            return self._kernels.best_of_rows(logits)
+        return logits.max(dim=-1)
 
     def best(self, logits: Tensor, states: list[SamplingState], count: int) -> tuple[list[list[int]], list[list[float]]]:
         """The `count` best next tokens of each row of logits [B, V] and their log-probabilities, best first.

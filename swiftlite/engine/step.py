@@ -20,6 +20,7 @@ from torch import Tensor
 
 from swiftlite.engine.blocks import BlockPool
 from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.fused import Kernels
 from swiftlite.engine.request import TokenLogprob
 from swiftlite.engine.sampler import Sampler, token_logprobs
 from swiftlite.engine.scheduler import Scheduled, Scheduler
@@ -35,6 +36,7 @@ class Model(Protocol):
     """What the loop needs of `runner.Runner`."""
 
     num_blocks: int
+    kernels: Kernels | None
 
     def execute(self, scheduled: list[Scheduled]) -> Tensor: ...
 
@@ -66,7 +68,7 @@ class Stepper:
     ) -> None:
         """`end(request, reason, error)` ends what still goes on of a request, `finish(request)` one whose sequences all ended."""
         self.model, self.config, self.counters, self._end, self._finish = model, config, counters, end, finish
-        self.sampler = Sampler()
+        self.sampler = Sampler(model.kernels)
         self.failures = 0  # steps in a row
         self.scheduler = self._new_scheduler()
 
