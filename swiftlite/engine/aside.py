@@ -1,7 +1,8 @@
-"""Work beside the step loop, in a thread of its own that takes one core at most and ends with its work.
+"""Work outside the step loop, in threads that end with it: loading the model on all cores, loading adapters on one.
 
-A thread that once ran a parallel region of OpenMP keeps its helpers until it ends, and while there are more of them than cores, nobody
-spins at a barrier: one load in a server's worker thread would slow down every step from then on. It does not know what the work is.
+GNU's OpenMP keeps a team of threads for every thread that ever ran a parallel region, until that thread ends. As soon as all teams
+together have more threads than there are cores, its barriers sleep instead of spinning (libgomp's gomp_managed_threads): decoding took a
+quarter longer while the thread that had loaded the model lived on. It does not know what the work is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ import torch
 
 T = TypeVar("T")
 NICE = 10
+
+
+def in_own_thread(function: Callable[[], T]) -> T:
+    """What the function returns or raises, on all cores."""
+    with ThreadPoolExecutor(1, "swiftlite-load") as pool:
+        return pool.submit(function).result()
 
 
 def aside(function: Callable[[], T], library: ctypes.CDLL | None) -> T:

@@ -16,12 +16,11 @@ import random
 import time
 import uuid
 import weakref
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from swiftlite.engine.aside import in_own_thread
 from swiftlite.engine.beam import BeamSearch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.detok import Decoder, Detokenizer
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Stream"]
 Prompt = str | list[int]
-T = TypeVar("T")
 
 
 class Engine:
@@ -255,17 +253,6 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
-
-
-def in_own_thread(work: Callable[[], T]) -> T:
-    """Do parallel work in a thread that ends after it.
-
-    GNU's OpenMP keeps a team of threads for every thread that ever ran a parallel region, and as soon as all teams together have more
-    threads than there are cores, its barriers sleep instead of spinning: decoding took a quarter longer while the loading thread
-    lived on beside the step loop. A team ends with its thread. (libgomp: config/linux/wait.h and gomp_managed_threads in team.c)
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result()
 
 
 def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Any]:

@@ -155,10 +155,10 @@ class TrainOptions:
     create_checkpoint_symlink: bool = opt(False, "name the best and the last checkpoint `best` and `last` in the run's folder")
     save_only_model: bool = opt(False, "leave out the optimizer's state (no resuming)")
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
-    deepspeed: str | None = opt(None, "not built: --fsdp full_shard does what zero3 does, shard_grad_op what zero2 does")
     fsdp: str | None = opt(
         None, "each of several processes (NPROC_PER_NODE) holds a share of the model: full_shard, or shard_grad_op, which is faster but "
-        "holds the whole model from the forward to the backward pass", ("full_shard", "shard_grad_op"),
+        "holds the whole model from the forward to the backward pass. --deepspeed zero3 and zero2 mean these: torch does the work, "
+        "DeepSpeed is not needed and its configuration files are not read", ("full_shard", "shard_grad_op"),
     )  # fmt: skip
     report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), or none")
     seed: int = opt(42, "seed of initialisation and dropout")

@@ -65,11 +65,6 @@ def check(options: Options) -> Path:
     scales.parse(options.loss_scale)
     if options.streaming:
         stream.check(options)
-    if options.deepspeed:
-        raise UsageError(
-            "--deepspeed is not built", "torch shards by itself",
-            "--fsdp full_shard does what zero3 does, --fsdp shard_grad_op what zero2 does",
-        )  # fmt: skip
     if options.fsdp is not None:
         _check_fsdp(options)
     positive = (
