@@ -1,7 +1,7 @@
 // Paged attention on the CPU: store new K and V by slot, then attend through block tables. One call per layer and step.
 //
 // Pools are [blocks, G, S, D] (see kv.py). A call takes any mix of sequences; work is cut into tasks that threads take in turn:
-//   rows    one query of one sequence and KV head, all its H/G query heads together: each K and V is read once (decode).
+//   rows    one query of one sequence and some KV heads, all query heads of each together: each K and V is read once (decode).
 //           Long contexts are split, and the parts are merged by their softmax weights.
 //   tiles   64 rows (queries x heads of one KV head) against 64 keys at a time, with a running softmax (prefill). With
 //           AVX512-BF16 both products are pairs-of-bfloat16 dot products on repacked K and V; else fp32.
@@ -26,12 +26,16 @@ void attend(Args a) {
     const int64_t raw_token = a.q_token, raw_head = a.q_head;
     if (a.cos) a.q = a.rotated, a.q_token = (int64_t)a.heads * a.key_dim, a.q_head = a.key_dim;
     const int group = a.heads / a.kv_heads, few = 8, per_tile = std::max(1, ROWS / group);
-    int64_t cached = 0;
+    int64_t cached = 0, queries = 0;
     for (int i = 0; i < a.num_sequences; i++) {
         const int32_t* s = a.sequences + 4 * i;
-        if (s[1] < few) cached += (int64_t)s[1] * (s[2] + s[1]) * a.kv_heads;
+        if (s[1] < few) cached += (int64_t)s[1] * (s[2] + s[1]), queries += s[1];
     }
-    const int split = (int)std::max<int64_t>(256, (cached / (4 * a.threads) + 15) & ~(int64_t)15);
+    // Four tasks for each thread: all heads of a query together where there are enough queries, else fewer heads, then fewer keys.
+    const int wanted = 4 * a.threads;
+    int heads = a.kv_heads;
+    while (heads > 1 && heads % 2 == 0 && queries * (a.kv_heads / heads) < wanted) heads /= 2;
+    const int split = (int)std::max<int64_t>(256, (cached * (a.kv_heads / heads) / wanted + 15) & ~(int64_t)15);
     std::vector<Task> tasks;
     struct Merge {
         size_t task;
@@ -46,13 +50,15 @@ void attend(Args a) {
         for (int first = 0; first < s[1]; first += step) {
             const int count = std::min(step, s[1] - first), position = s[2] + first, end = position + count;
             const int begin = a.window ? std::max(0, position + 1 - a.window) : 0;
-            for (int head = 0; head < a.kv_heads; head++) {
+            const int together = s[1] < few ? heads : 1;
+            for (int head = 0; head < a.kv_heads; head += together) {
                 const int parts = s[1] < few ? (end - begin + split - 1) / split : 1;
                 if (parts > 1) merges.push_back({tasks.size(), parts});
                 for (int part = 0; part < parts; part++) {
                     const int from = parts > 1 ? begin + part * split : begin, to = parts > 1 ? std::min(end, from + split) : end;
-                    tasks.push_back({s[0] + first, s[1] < few ? 0 : count, head, position, from, to, table, nullptr, (int64_t)count * (to - from)});
-                    if (parts > 1) partials += (size_t)group * (a.value_dim + 2);
+                    tasks.push_back({s[0] + first, s[1] < few ? 0 : count, head, together, position, from, to, table, nullptr,
+                                     (int64_t)count * together * (to - from)});
+                    if (parts > 1) partials += (size_t)together * group * (a.value_dim + 2);
                 }
             }
         }
@@ -60,7 +66,8 @@ void attend(Args a) {
     std::vector<float> workspace(partials);
     float* next = workspace.data();
     for (const Merge& m : merges)
-        for (int part = 0; part < m.parts; part++, next += (size_t)group * (a.value_dim + 2)) tasks[m.task + part].partial = next;
+        for (int part = 0; part < m.parts; part++, next += (size_t)tasks[m.task].heads * group * (a.value_dim + 2))
+            tasks[m.task + part].partial = next;
     std::vector<uint32_t> order(tasks.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = i;
     std::stable_sort(order.begin(), order.end(), [&](uint32_t x, uint32_t y) { return tasks[x].cost > tasks[y].cost; });
