@@ -141,11 +141,12 @@ def main() -> None:
                 reports.append(run_peer(engine, envs / engine / "bin/python", model, batch_cases, mixed, adapters, out))
     versions = results["swiftlite"][0]["versions"]
     title = f"## Serving on a CPU{f', {args.adapters} adapters mixed' if args.adapters else ''}"
+    command = " ".join(["python scripts/bench_vs_peers.py WORK_DIR", *sys.argv[2:]]).replace(f" --envs {args.envs}", " --envs ENVS")
     text = "\n".join([
         title, "",
         f"{datetime.date.today()}, {cpu_name()}, {len(os.sched_getaffinity(0))} cores, bfloat16, Qwen3-0.6B's shape with random weights; "
         + ", ".join(f"{name} {version}" for name, version in versions.items()) + f". Best of {args.rounds} rounds, engines in turn.",
-        f"Command: `python scripts/bench_vs_peers.py {' '.join(['WORK_DIR', *sys.argv[2:]])}`", "", table(results), "",
+        f"Command: `{command}`", "", table(results), "",
     ])  # fmt: skip
     print(text)
     if args.write:
