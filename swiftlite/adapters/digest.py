@@ -1,7 +1,7 @@
 """What an adapter is, in 32 bytes: equal weights and equal arithmetic, equal digest; nobody can make two that meet.
 
 A file's bytes are dealt out to sixteen lanes, word by word, and each lane is hashed by BLAKE2s: a CPU's vectors then hash all lanes at
-once (lora.cpp: 40 MB in 6 ms on one core, sha256 takes 20). `lanes` says the same with hashlib, for machines without a compiler and
+once (lora_files.cpp: 40 MB in 6 ms on one core, sha256 takes 20). `lanes` says the same with hashlib, for machines without a compiler and
 for tests. A thread of its own hashes while the caller goes on. It knows bytes, not what they mean.
 """
 

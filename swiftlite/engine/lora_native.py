@@ -33,7 +33,7 @@ class _Args(ctypes.Structure):
 
 
 class _Move(ctypes.Structure):
-    """struct Move of lora.cpp."""
+    """struct Move of lora_files.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("to", "source", "gains")),
