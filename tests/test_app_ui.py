@@ -135,7 +135,7 @@ def test_pick_send_retry_clear(browser, url, service, tmp_path: Path):
     page.page.screenshot(path=tmp_path / "chat.png")
     assert (tmp_path / "chat.png").stat().st_size > 10_000
     page.page.click("#clear")
-    page.page.wait_for_selector("#chat .message", state="detached", timeout=5000)
+    page.page.wait_for_selector("#chat .message", state="detached", timeout=10000)
     page.page.click("#chat button:has-text('who are you?')")
     page.settled()
     assert page.errors == [] and page.elsewhere == []
@@ -165,7 +165,7 @@ def test_the_answer_grows_and_stop_frees_the_slot(browser, url, service):
     assert service.engine.stats()["running"] == 1
     page.page.click("#stop")
     assert idle(service, 3)
-    page.page.wait_for_selector("#send", state="visible", timeout=5000)
+    page.page.wait_for_selector("#send", state="visible", timeout=10000)
     time.sleep(0.3)
     stopped = page.answer()
     time.sleep(0.5)
@@ -191,9 +191,10 @@ def test_a_refusal_is_shown_and_the_page_lives(browser, url):
     page = Page(browser, url)
     page.ask("x " * 20_000)
     page.page.wait_for_selector("text=/tokens|characters/", timeout=10000)
+    page.page.wait_for_selector("#send", state="visible", timeout=10000)  # the run is over: its last word cannot come after "clear"
     page.page.fill("#seed input, #seed textarea", "abc")
     page.page.click("#clear")
-    page.page.wait_for_selector("#chat .message", state="detached", timeout=5000)
+    page.page.wait_for_selector("#chat .message", state="detached", timeout=10000)
     page.ask("hi")
     page.page.wait_for_selector("text=/whole number/", timeout=10000)
     page.page.fill("#seed input, #seed textarea", "7")
