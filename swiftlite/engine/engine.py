@@ -70,8 +70,8 @@ class Engine:
         self.generation_config = read_generation_config(self.model_dir)
         self.tokenizer = tokenizer or load_tokenizer(model_dir)
         self.device = choose_device(device) if isinstance(device, str) else device
-        own_dtype = self.model_config.dtype
-        self.dtype = choose_dtype(dtype, self.device, None if own_dtype is None else str(own_dtype).removeprefix("torch."))
+        own_dtype = None if self.model_config.dtype is None else str(self.model_config.dtype).removeprefix("torch.")
+        self.dtype = in_own_thread(lambda: choose_dtype(dtype, self.device, own_dtype))
         if config.max_num_batched_tokens is None:
             # A CPU computes 256 tokens at a time as fast as 2048 (measured: within 7 %), and the shorter the step, the shorter the gap
             # that an arriving prompt leaves in the running streams; a GPU needs the longer one to be busy.
