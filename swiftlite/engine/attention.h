@@ -35,7 +35,7 @@ struct Task {
     int64_t cost;
 };
 
-constexpr int ROWS = 64, KEYS = 64, CHUNK = 256, SHORT_CHUNK = 64;
+constexpr int CHUNK = 256, SHORT_CHUNK = 64;
 constexpr float NEVER = -1e30f;  // below any score, and finite
 // of two vectors of 32 halves: pairs of the first 16 (plus 16: of the second 16)
 alignas(64) const uint16_t INTERLEAVE[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = ("paged_attention.cpp", "fused.cpp", "linear.cpp", "int8.cpp", "lora.cpp", "lora_files.cpp")
-HEADERS = ("vectors.h", "linear.h", "steps.h", "attention.h", "attention_rows.h", "attention_tiles.h")
+HEADERS = ("vectors.h", "amx.h", "linear.h", "steps.h", "attention.h", "attention_rows.h", "attention_tiles.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 
 

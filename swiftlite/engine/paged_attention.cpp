@@ -3,8 +3,9 @@
 // Pools are [blocks, G, S, D] (see kv.py). A call takes any mix of sequences; work is cut into tasks that threads take in turn:
 //   rows    one query of one sequence and some KV heads, all query heads of each together: each K and V is read once (decode).
 //           Long contexts are split, and the parts are merged by their softmax weights.
-//   tiles   64 rows (queries x heads of one KV head) against 64 keys at a time, with a running softmax (prefill). With
-//           AVX512-BF16 both products are pairs-of-bfloat16 dot products on repacked K and V; else fp32.
+//   tiles   64 rows or more (queries x heads of one KV head) against 64 keys at a time, with a running softmax (prefill). With
+//           AVX512-BF16 both products are pairs-of-bfloat16 dot products on repacked K and V, in the matrix unit where there is
+//           one; else fp32.
 // The softmax is fp32 throughout. Nothing outside a sequence's own tokens is read.
 #include "attention_rows.h"
 #include "attention_tiles.h"
@@ -25,7 +26,8 @@ void attend(Args a) {
     const T* raw_q = (const T*)a.q;
     const int64_t raw_token = a.q_token, raw_head = a.q_head;
     if (a.cos) a.q = a.rotated, a.q_token = (int64_t)a.heads * a.key_dim, a.q_head = a.key_dim;
-    const int group = a.heads / a.kv_heads, few = 8, per_tile = std::max(1, ROWS / group);
+    const Way way = way_of(a, T());
+    const int group = a.heads / a.kv_heads, few = 8, per_tile = std::max(1, rows_of(way) / group);
     int64_t cached = 0, queries = 0;
     for (int i = 0; i < a.num_sequences; i++) {
         const int32_t* s = a.sequences + 4 * i;
@@ -99,7 +101,7 @@ void attend(Args a) {
         for (int64_t i = 0; i < total; i++) {
             const Task& task = tasks[order[i]];
             if (task.count)
-                tile_of(a, task, scratch, T());
+                tile_of(way, a, task, scratch, T());
             else
                 run_rows<T>(a, task, scratch);
         }

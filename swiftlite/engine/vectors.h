@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -71,38 +71,45 @@ INLINE void store(bf16* p, v16f v) {
 INLINE float sum(v16f v) { FOLD(v + w) }
 INLINE float highest(v16f v) { FOLD(v > w ? v : w) }
 
-// Sums of 16 vectors; in lanes, by a tree of pairwise adds.
-INLINE v16f sums(const v16f* v) {
-    v16f a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++) {
-        v16f x = v[i], y = v[i + 8];  // lanes of x in the lower half of each pair
-        a[i] = __builtin_shuffle(x, y, v16i{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}) +
-               __builtin_shuffle(x, y, v16i{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-    }
-    for (int i = 0; i < 4; i++) {
-        v16f x = a[i], y = a[i + 4];
-        b[i] = __builtin_shuffle(x, y, v16i{0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23}) +
-               __builtin_shuffle(x, y, v16i{8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31});
-    }
-    for (int i = 0; i < 2; i++) {
-        v16f x = b[i], y = b[i + 2];
-        c[i] = __builtin_shuffle(x, y, v16i{0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}) +
-               __builtin_shuffle(x, y, v16i{8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31});
-    }
-    v16f d = __builtin_shuffle(c[0], c[1], v16i{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
-             __builtin_shuffle(c[0], c[1], v16i{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
-    // d holds, lane by lane, v[bit-reversed order]; put it right
+// 16 vectors -> in lane i the sum (the highest) of vector i's lanes, by a tree of pairs.
+#define TREE(combine)                                                                                                     \
+    v16f a[8], b[4], c[2];                                                                                                \
+    for (int i = 0; i < 8; i++) { /* lanes of v[i] in the lower half of each pair */                                      \
+        const v16f x = __builtin_shuffle(v[i], v[i + 8], v16i{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}),   \
+                   y = __builtin_shuffle(v[i], v[i + 8], v16i{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}); \
+        a[i] = combine;                                                                                                   \
+    }                                                                                                                     \
+    for (int i = 0; i < 4; i++) {                                                                                         \
+        const v16f x = __builtin_shuffle(a[i], a[i + 4], v16i{0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23}),   \
+                   y = __builtin_shuffle(a[i], a[i + 4], v16i{8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31}); \
+        b[i] = combine;                                                                                                   \
+    }                                                                                                                     \
+    for (int i = 0; i < 2; i++) {                                                                                         \
+        const v16f x = __builtin_shuffle(b[i], b[i + 2], v16i{0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}),   \
+                   y = __builtin_shuffle(b[i], b[i + 2], v16i{8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31}); \
+        c[i] = combine;                                                                                                   \
+    }                                                                                                                     \
+    const v16f x = __builtin_shuffle(c[0], c[1], v16i{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}),           \
+               y = __builtin_shuffle(c[0], c[1], v16i{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});     \
+    const v16f d = combine; /* in bit-reversed order; put it right */                                                     \
     return __builtin_shuffle(d, v16i{0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15});
-}
+INLINE v16f sums(const v16f* v) { TREE(x + y) }
+INLINE v16f highests(const v16f* v) { TREE(x > y ? x : y) }
 
 // e^x to about one unit in the last place; 0 below -87, e^88 above 88, NaN stays NaN.
 INLINE v16f exp16(v16f x) {
+#ifdef __AVX512F__  // rounding and scaling are single instructions here
+    const __m512 c = _mm512_min_ps(_mm512_set1_ps(88.f), (__m512)x), n = _mm512_roundscale_ps(_mm512_mul_ps(c, _mm512_set1_ps(1.44269504f)), 0);
+    v16f r = (v16f)_mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), c);
+    r = (v16f)_mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), (__m512)r);
+#else
     v16f c = x > splat(88.f) ? splat(88.f) : x;
     c = c < splat(-87.f) ? splat(-87.f) : c;
     v16f t = c * 1.44269504f;
     v16i n = __builtin_convertvector(t + (t < 0 ? splat(-0.5f) : splat(0.5f)), v16i);  // to the nearest
     v16f nf = __builtin_convertvector(n, v16f);
     v16f r = c - nf * 0.693359375f + nf * 2.12194440e-4f;
+#endif
     v16f p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -110,9 +117,14 @@ INLINE v16f exp16(v16f x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#ifdef __AVX512F__
+    const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.f), _CMP_NLT_UQ);  // NaN too
+    return (v16f)_mm512_maskz_scalef_ps(kept, (__m512)p, n);
+#else
     v16f scaled = p * (v16f)((n + 127) << 23);
     scaled = x < splat(-87.f) ? v16f{} : scaled;
     return x != x ? x : scaled;
+#endif
 }
 
 INLINE v16f tanh16(v16f x) { return 1.0f - 2.0f / (exp16(x + x) + 1.0f); }
