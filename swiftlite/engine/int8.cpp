@@ -4,17 +4,17 @@
 // The odd numbers 2q + 1 are exact bfloat16 values, and their magnitudes are 128, as many as one table look-up can tell apart; so
 // a byte is a sign and the index of a magnitude, with AVX512-BF16 a panel becomes bfloat16 on its way to the registers by two
 // look-ups for 64 weights, and sum(x (2q + 1)) = 2 sum(x q) + sum(x) gives the product back. A panel meets a block of up to 12 rows;
-// further blocks of rows read what the first one left in the second-level cache.
+// further blocks of rows read what the first one left in the second-level cache. With a matrix unit all blocks read it from there.
 // Elsewhere, and for float32 inputs, the same layout goes through plain vectors.
+#include <omp.h>
+
 #include <cfloat>
 #include <cmath>
 #include <vector>
 
-#include "vectors.h"
+#include "linear.h"
 
 namespace {
-
-constexpr int WIDTH = 32;
 
 // Of output o (of a panel's 32) and input j (of a pair): its byte of the 64. Quarters of 16 bytes have 4 outputs of each half.
 INLINE int place(int o, int j) { return o % 16 / 4 * 16 + o / 16 * 8 + o % 4 * 2 + j; }
@@ -120,15 +120,9 @@ void quantize(int8_t* out, float* scale, const T* w, int64_t n, int64_t k, int t
 }
 
 #ifdef __AVX512BF16__
-constexpr int ROWS = 12;
-constexpr int64_t RESIDENT = 160 * 1024;  // elements of x that stay in the second-level cache while the panels pass
+constexpr int64_t INT8_RESIDENT = 160 * 1024;  // elements of x that stay in the second-level cache while the panels pass
+constexpr int64_t EARLY = 4;  // steps of the matrix unit that widening is ahead
 enum Source { FRESH, FRESH_AND_KEPT, KEPT };
-
-INLINE __m512bh pair_of(const bf16* x) {
-    int32_t pair;
-    memcpy(&pair, x, 4);
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
 
 // The bytes of the bfloat16 values 1, 3, 5 ... 255
 struct Table {
@@ -143,6 +137,34 @@ struct Table {
 };
 const Table table;
 
+// 64 bytes -> the two vectors of pairs that they stand for
+struct Widening {
+    const __m512i low = _mm512_load_si512(table.low), more_low = _mm512_load_si512(table.low + 64);
+    const __m512i high = _mm512_load_si512(table.high), more_high = _mm512_load_si512(table.high + 64), sign = _mm512_set1_epi8((char)0x80);
+    INLINE_MEMBER void operator()(const int8_t* w, __m512bh& first, __m512bh& second) const {
+        const __m512i codes = _mm512_loadu_si512(w);
+        const __m512i lower = _mm512_permutex2var_epi8(low, codes, more_low), upper = _mm512_permutex2var_epi8(high, codes, more_high);
+        const __m512i with_sign = _mm512_ternarylogic_epi32(upper, codes, sign, 0xf8);  // upper | (codes & sign)
+        first = (__m512bh)_mm512_unpacklo_epi8(lower, with_sign);
+        second = (__m512bh)_mm512_unpackhi_epi8(lower, with_sign);
+    }
+};
+
+// What turns a row's sums of x (2q + 1) into its outputs.
+struct Outputs {
+    Columns columns;
+    __m512 low, high;
+    Outputs(const float* scale, const bf16* bias, int64_t width) : columns(bias, width) {
+        const __m512 half = _mm512_set1_ps(0.5f);
+        low = _mm512_mul_ps(half, _mm512_maskz_loadu_ps(columns.kept, scale));
+        high = _mm512_mul_ps(half, _mm512_maskz_loadu_ps(columns.kept >> 16, scale + 16));
+    }
+    INLINE_MEMBER void write(bf16* out, __m512 first, __m512 second, float sum_of_x) const {
+        const __m512 sum = _mm512_set1_ps(sum_of_x);
+        columns.write(out, _mm512_mul_ps(_mm512_sub_ps(first, sum), low), _mm512_mul_ps(_mm512_sub_ps(second, sum), high));
+    }
+};
+
 // sum(x) of each row
 void sum_rows(float* sums, const bf16* x, int64_t rows, int64_t stride, int k) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
@@ -156,13 +178,12 @@ void sum_rows(float* sums, const bf16* x, int64_t rows, int64_t stride, int k) {
     }
 }
 
-// R rows of x, whose sums are `sums`, against one panel, which comes as bytes `w`, or as bfloat16 from `kept`. `ahead` is fetched, `step` bytes for each pair.
+// R rows of x, whose sums are `sums`, against one panel, which comes as bytes `w`, or as bfloat16 from `kept`. `ahead` is fetched, `step`
+// bytes for each pair.
 template <int R, Source FROM>
-void tile(bf16* out, int64_t n, const bf16* x, int64_t stride, const float* sums, const int8_t* w, bf16* kept, const float* scale,
-          const bf16* bias, int width, int k, const char* ahead, int step) {
-    const __m512i low_bytes = _mm512_load_si512(table.low), more_low_bytes = _mm512_load_si512(table.low + 64);
-    const __m512i high_bytes = _mm512_load_si512(table.high), more_high_bytes = _mm512_load_si512(table.high + 64);
-    const __m512i sign = _mm512_set1_epi8((char)0x80);
+void tile(bf16* out, int64_t n, const bf16* x, int64_t stride, const float* sums, const int8_t* w, bf16* kept, const Outputs& outputs, int k,
+          const char* ahead, int step) {
+    const Widening widened;
     __m512 low[R], high[R];
     for (int r = 0; r < R; r++) low[r] = high[r] = _mm512_setzero_ps();
     for (int i = 0; i < k; i += 2) {
@@ -171,12 +192,7 @@ void tile(bf16* out, int64_t n, const bf16* x, int64_t stride, const float* sums
             first = (__m512bh)_mm512_loadu_si512(kept + (int64_t)i * WIDTH);
             second = (__m512bh)_mm512_loadu_si512(kept + (int64_t)i * WIDTH + 32);
         } else {
-            const __m512i codes = _mm512_loadu_si512(w + (int64_t)i * WIDTH);
-            const __m512i lower = _mm512_permutex2var_epi8(low_bytes, codes, more_low_bytes);
-            const __m512i upper = _mm512_permutex2var_epi8(high_bytes, codes, more_high_bytes);
-            const __m512i with_sign = _mm512_ternarylogic_epi32(upper, codes, sign, 0xf8);  // upper | (codes & sign)
-            first = (__m512bh)_mm512_unpacklo_epi8(lower, with_sign);
-            second = (__m512bh)_mm512_unpackhi_epi8(lower, with_sign);
+            widened(w + (int64_t)i * WIDTH, first, second);
         }
         if (FROM == FRESH_AND_KEPT) {
             _mm512_storeu_si512(kept + (int64_t)i * WIDTH, (__m512i)first);
@@ -190,57 +206,106 @@ void tile(bf16* out, int64_t n, const bf16* x, int64_t stride, const float* sums
             high[r] = _mm512_dpbf16_ps(high[r], value, second);
         }
     }
-    __m512 more_low = _mm512_setzero_ps(), more_high = more_low;
-    const __mmask32 present = width == WIDTH ? ~0u : (1u << width) - 1;
-    if (bias) {
-        const __m512i both = _mm512_maskz_loadu_epi16(present, bias);
-        more_low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16));
-        more_high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
-    }
-    const __m512 half = _mm512_set1_ps(0.5f), scale_low = _mm512_mul_ps(half, _mm512_maskz_loadu_ps(present, scale)),
-                 scale_high = _mm512_mul_ps(half, _mm512_maskz_loadu_ps(present >> 16, scale + 16));
-    for (int r = 0; r < R; r++) {
-        const __m512 sum = _mm512_set1_ps(sums[r]);
-        low[r] = _mm512_sub_ps(low[r], sum), high[r] = _mm512_sub_ps(high[r], sum);
-        const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(high[r], scale_high, more_high), _mm512_fmadd_ps(low[r], scale_low, more_low));
-        _mm512_mask_storeu_epi16(out + r * n, present, (__m512i)both);
+    for (int r = 0; r < R; r++) outputs.write(out + r * n, low[r], high[r], sums[r]);
+}
+
+using Int8Tile = void (*)(bf16*, int64_t, const bf16*, int64_t, const float*, const int8_t*, bf16*, const Outputs&, int, const char*, int);
+#define TILES_FROM(s) \
+    {nullptr, tile<1, s>, tile<2, s>, tile<3, s>, tile<4, s>, tile<5, s>, tile<6, s>, tile<7, s>, tile<8, s>, tile<9, s>, tile<10, s>, tile<11, s>, tile<12, s>}
+const Int8Tile INT8_TILES[3][PANEL_ROWS + 1] = {TILES_FROM(FRESH), TILES_FROM(FRESH_AND_KEPT), TILES_FROM(KEPT)};
+
+struct Int8Product {
+    bf16* out;
+    const bf16* x;
+    const int8_t* w;
+    const float* scale;
+    const bf16* bias;
+    int64_t rows, stride, n, k;
+    const float* sums;  // of each row of x
+
+    int64_t panels() const { return (n + WIDTH - 1) / WIDTH; }
+    Outputs outputs(int64_t panel) const { return Outputs(scale + panel * WIDTH, bias ? bias + panel * WIDTH : nullptr, n - panel * WIDTH); }
+};
+
+void multiply_int8(const Int8Product& p, bf16* kept, int index, int count) {
+    int64_t most = INT8_RESIDENT / p.k / PANEL_ROWS * PANEL_ROWS;
+    if (most < PANEL_ROWS * 4) most = PANEL_ROWS * 4;  // each group of rows converts the panels anew
+    const int64_t panels = p.panels(), groups = (p.rows + most - 1) / most, total = groups * panels;
+    for (int64_t unit = total * index / count; unit < total * (index + 1) / count; unit++) {
+        const int64_t group = unit / panels, panel = unit % panels;
+        const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups;
+        const int64_t blocks = (end - begin + PANEL_ROWS - 1) / PANEL_ROWS;
+        const int8_t* from = p.w + panel * WIDTH * p.k;
+        const char* ahead = (const char*)(panel + 1 < panels ? from + WIDTH * p.k : from);
+        const Outputs outputs = p.outputs(panel);
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t first = begin + (end - begin) * block / blocks, last = begin + (end - begin) * (block + 1) / blocks;
+            const Source source = blocks == 1 ? FRESH : block == 0 ? FRESH_AND_KEPT : KEPT;
+            INT8_TILES[source][last - first](p.out + first * p.n + panel * WIDTH, p.n, p.x + first * p.stride, p.stride, p.sums + first, from,
+                                           kept, outputs, p.k, ahead + WIDTH * p.k * block / blocks, 64 / blocks);
+        }
     }
 }
 
-using Tile = void (*)(bf16*, int64_t, const bf16*, int64_t, const float*, const int8_t*, bf16*, const float*, const bf16*, int, int,
-                      const char*, int);
-#define TILES_FROM(s) \
-    {nullptr, tile<1, s>, tile<2, s>, tile<3, s>, tile<4, s>, tile<5, s>, tile<6, s>, tile<7, s>, tile<8, s>, tile<9, s>, tile<10, s>, tile<11, s>, tile<12, s>}
-const Tile TILES[3][ROWS + 1] = {TILES_FROM(FRESH), TILES_FROM(FRESH_AND_KEPT), TILES_FROM(KEPT)};
+#ifdef SWIFT_AMX
+// While some inputs are multiplied, those to come are widened beside them into the ring `kept`: a few steps' for one block of rows, so
+// that they never leave the first-level cache, two panels' for more blocks, which all read them.
+void multiply_int8_by_unit(const Int8Product& p, bf16* kept, int index, int count) {
+    const RowBlocks blocks(p.rows);
+    const Tiles tiles = blocks.tiles();
+    const Widening widened;
+    const int64_t panels = p.panels(), begin = panels * index / count, end = panels * (index + 1) / count;
+    const int64_t size = WIDTH * p.k, piece = WIDTH * DEPTH, steps = p.k / DEPTH, all = (end - begin) * steps;  // a panel, a step's part
+    const int64_t early = blocks.count == 1 ? EARLY : steps, ring = blocks.count == 1 ? 2 * EARLY : 2 * steps;
+    const int8_t* w = p.w + begin * size;
+    const auto widen = [&](int64_t step) {  // counted through all panels
+        if (step >= all) return;
+        const int8_t* from = w + step * piece;
+        bf16* to = kept + step % ring * piece;
+        for (int i = 0; i < piece; i += 64) {
+            __m512bh first, second;
+            widened(from + i, first, second);
+            _mm512_store_si512(to + i, (__m512i)first);
+            _mm512_store_si512(to + i + 32, (__m512i)second);
+        }
+    };
+    for (int64_t step = 0; step < early; step++) widen(step);
+    for (int64_t panel = begin; panel < end; panel++) {
+        const Outputs outputs = p.outputs(panel);
+        const int64_t before = (panel - begin) * steps;
+        const Fetch next(p.w + (panel + 1) * size + early * piece, panel + 1 < end ? size : 0, steps * blocks.count);
+        const auto along = [&](int64_t step) {
+            next(step);
+            if (step % blocks.count == 0) widen(before + early + step / blocks.count);
+        };
+        unit_panel(blocks, p.x, p.stride, [&](int step) { return kept + (before + step) % ring * piece; }, p.k, p.out + panel * WIDTH, p.n,
+                   along, [&](bf16* out, __m512 low, __m512 high, int64_t row) { outputs.write(out, low, high, p.sums[row]); });
+    }
+}
+#endif
 
 void linear_bf16(bf16* out, const bf16* x, const int8_t* w, const float* scale, const bf16* bias, int64_t rows, int64_t stride, int64_t n,
                  int64_t k, int threads) {
-    int64_t most = RESIDENT / k / ROWS * ROWS;
-    if (most < ROWS * 4) most = ROWS * 4;  // each group of rows converts the panels anew
-    const int64_t panels = (n + WIDTH - 1) / WIDTH, groups = (rows + most - 1) / most;
     std::vector<float> sums(rows);
     sum_rows(sums.data(), x, rows, stride, k);
+    const Int8Product product{out, x, w, scale, bias, rows, stride, n, k, sums.data()};
+#ifdef SWIFT_AMX
+    const bool by_unit = rows >= UNIT_ROWS && k % DEPTH == 0 && amx_ready();
+#else
+    const bool by_unit = false;
+#endif
 #pragma omp parallel num_threads(threads)
     {
         static thread_local std::vector<__m512i> panel_memory;  // kept between calls: fresh memory costs a page fault for every 4 KB
-        if (rows > ROWS && (int64_t)panel_memory.size() < k) panel_memory.resize(k);
+        const int64_t needed = by_unit ? 2 * std::max(k, EARLY * WIDTH) : rows > PANEL_ROWS ? k : 0;
+        if ((int64_t)panel_memory.size() < needed) panel_memory.resize(needed);
         bf16* kept = (bf16*)panel_memory.data();
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t group = 0; group < groups; group++)
-            for (int64_t panel = 0; panel < panels; panel++) {
-                const int64_t begin = rows * group / groups, end = rows * (group + 1) / groups;
-                const int64_t blocks = (end - begin + ROWS - 1) / ROWS;
-                const int8_t* from = w + panel * WIDTH * k;
-                const char* ahead = (const char*)(panel + 1 < panels ? from + WIDTH * k : from);
-                const int width = n - panel * WIDTH < WIDTH ? n - panel * WIDTH : WIDTH;
-                for (int64_t block = 0; block < blocks; block++) {
-                    const int64_t first = begin + (end - begin) * block / blocks, last = begin + (end - begin) * (block + 1) / blocks;
-                    const Source source = blocks == 1 ? FRESH : block == 0 ? FRESH_AND_KEPT : KEPT;
-                    TILES[source][last - first](out + first * n + panel * WIDTH, n, x + first * stride, stride, sums.data() + first, from,
-                                                kept, scale + panel * WIDTH, bias ? bias + panel * WIDTH : nullptr, width, k,
-                                                ahead + WIDTH * k * block / blocks, 64 / blocks);
-                }
-            }
+#ifdef SWIFT_AMX
+        if (by_unit)
+            multiply_int8_by_unit(product, kept, omp_get_thread_num(), omp_get_num_threads());
+        else
+#endif
+            multiply_int8(product, kept, omp_get_thread_num(), omp_get_num_threads());
     }
 }
 #endif

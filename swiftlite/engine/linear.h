@@ -17,10 +17,14 @@ struct Product {
     int64_t rows, stride, n, k;
 };
 
+namespace {
+constexpr int WIDTH = 32;  // outputs of a panel
+}
+
 #ifdef __AVX512BF16__
 namespace {
 
-constexpr int WIDTH = 32, PANEL_ROWS = 12;
+constexpr int PANEL_ROWS = 12;
 constexpr int64_t RESIDENT = 200 * 1024;  // elements of x that stay in the second-level cache while the panels pass
 
 inline __m512bh pair_of(const bf16* x) {
@@ -88,17 +92,11 @@ struct RowBlocks {
     Tiles tiles() const { return Tiles({top, top, bottom, bottom, top, bottom, 16, 16}, {64, 64, 64, 64, 64, 64, 64, 64}); }
 };
 
-// What a block is multiplied into, and what is fetched on the way: `lines` of the next panel in each step, and a row of the result.
-struct Fetch {
-    const char* ahead;
-    int lines;
-    bf16* out;
-    int64_t n;
-};
-
-// sums[rows of a block][WIDTH] = x times one panel w
-template <bool TWO>
-INLINE void unit_sums(float* sums, const bf16* x, int64_t stride, const RowBlocks& block, const bf16* w, int k, Fetch fetch) {
+// sums[rows of a block][WIDTH] = x times one panel, of which `weights(step)` are DEPTH inputs. `along(step)` is done beside each step; out
+// is fetched row by row, as its rows lie too far apart for the hardware to see.
+template <bool TWO, class Weights, class Along>
+INLINE void unit_sums(float* sums, const bf16* x, int64_t stride, const RowBlocks& block, Weights weights, int k, const bf16* out, int64_t n,
+                      Along along) {
     _tile_zero(0);
     _tile_zero(1);
     if (TWO) {
@@ -106,14 +104,13 @@ INLINE void unit_sums(float* sums, const bf16* x, int64_t stride, const RowBlock
         _tile_zero(3);
     }
     const bf16* lower = x + block.top * stride;
-    int row = 0;
-    for (int i = 0; i < k; i += DEPTH) {
+    for (int i = 0, step = 0; i < k; i += DEPTH, step++) {
         _tile_loadd(4, x + i, stride * 2);
-        _tile_loadd(6, w + (int64_t)i * WIDTH, 128);
-        _tile_loadd(7, w + (int64_t)i * WIDTH + 32, 128);
-        for (int line = 0; line < fetch.lines; line++) _mm_prefetch(fetch.ahead + line * 64, _MM_HINT_T1);
-        fetch.ahead += fetch.lines * 64;
-        if (row < block.size) __builtin_prefetch(fetch.out + row++ * fetch.n, 1);  // these lie too far apart for the hardware to see
+        const bf16* w = weights(step);
+        _tile_loadd(6, w, 128);
+        _tile_loadd(7, w + 32, 128);
+        along(step);
+        if (step < block.size) __builtin_prefetch(out + step * n, 1);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (TWO) {
@@ -130,18 +127,32 @@ INLINE void unit_sums(float* sums, const bf16* x, int64_t stride, const RowBlock
     }
 }
 
-// x [blocks.rows][k] times panel `panel` of `panels`, which lies at w; `finish(first row, sums)` takes each block's sums. The `bytes`
-// from `ahead` on are fetched evenly.
-template <class Finish>
-INLINE void unit_panel(const RowBlocks& blocks, const bf16* x, int64_t stride, const bf16* w, int k, const char* ahead, int64_t bytes, bf16* out, int64_t n,
+// Memory that is fetched evenly while a panel is multiplied.
+struct Fetch {
+    const char* from;
+    int64_t bytes, lines;  // lines: in each step
+    Fetch(const void* memory, int64_t size, int64_t steps) : from((const char*)memory), bytes(size), lines((size / 64 + steps - 1) / steps) {}
+    INLINE_MEMBER void operator()(int64_t step) const {
+        const char* at = from + std::min(step * lines * 64, bytes - lines * 64);
+        for (int64_t line = 0; line < lines; line++) _mm_prefetch(at + line * 64, _MM_HINT_T1);
+    }
+};
+
+// x times one panel, whose columns of the result begin at out: `along(step)` is done beside each step (count * k / DEPTH in all) and
+// `finish(out, sums, row)` for each row.
+template <class Weights, class Along, class Finish>
+INLINE void unit_panel(const RowBlocks& blocks, const bf16* x, int64_t stride, Weights weights, int k, bf16* out, int64_t n, Along along,
                        Finish finish) {
-    const int64_t steps = k / DEPTH, lines = (bytes / 64 + steps * blocks.count - 1) / (steps * blocks.count);
     for (int64_t block = 0; block < blocks.count; block++) {
-        const int64_t first = blocks.first(block), from = std::min(block * steps * lines * 64, bytes - steps * lines * 64);
+        const int64_t first = blocks.first(block), steps = block * (k / DEPTH);
         alignas(64) float sums[32 * WIDTH];
-        (blocks.bottom ? unit_sums<true> : unit_sums<false>)(sums, x + first * stride, stride, blocks, w, k,
-                                                            {ahead + from, (int)lines, out + first * n, n});
-        finish(first, sums);
+        const auto beside = [&](int step) { along(steps + step); };
+        if (blocks.bottom)
+            unit_sums<true>(sums, x + first * stride, stride, blocks, weights, k, out + first * n, n, beside);
+        else
+            unit_sums<false>(sums, x + first * stride, stride, blocks, weights, k, out + first * n, n, beside);
+        for (int r = 0; r < blocks.size; r++)
+            finish(out + (first + r) * n, _mm512_load_ps(sums + r * WIDTH), _mm512_load_ps(sums + r * WIDTH + 16), first + r);
     }
 }
 
@@ -151,13 +162,10 @@ inline void multiply_by_unit(const Product& p, int index, int count) {
     const int64_t panels = (p.n + WIDTH - 1) / WIDTH, size = WIDTH * p.k;
     for (int64_t panel = panels * index / count; panel < panels * (index + 1) / count; panel++) {
         const bf16* w = p.w + panel * size;
-        bf16* out = p.out + panel * WIDTH;
         const Columns columns(p.bias ? p.bias + panel * WIDTH : nullptr, p.n - panel * WIDTH);
-        unit_panel(blocks, p.x, p.stride, w, p.k, (const char*)(w + size), panel + 1 < panels ? size * 2 : 0, out, p.n,
-                   [&](int64_t first, const float* sums) {
-                       for (int r = 0; r < blocks.size; r++)
-                           columns.write(out + (first + r) * p.n, _mm512_load_ps(sums + r * WIDTH), _mm512_load_ps(sums + r * WIDTH + 16));
-                   });
+        const Fetch next(w + size, panel + 1 < panels ? size * 2 : 0, blocks.count * p.k / DEPTH);
+        unit_panel(blocks, p.x, p.stride, [w](int step) { return w + step * DEPTH * WIDTH; }, p.k, p.out + panel * WIDTH, p.n, next,
+                   [&](bf16* out, __m512 low, __m512 high, int64_t) { columns.write(out, low, high); });
     }
 }
 #endif

@@ -17,6 +17,7 @@ struct bf16 {
 };
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 INLINE v16f splat(float x) { return v16f{} + x; }
 
