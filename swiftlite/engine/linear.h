@@ -80,6 +80,7 @@ const Tile TILES[PANEL_ROWS + 1] = {nullptr,    tile_of<1>, tile_of<2>, tile_of<
 #ifdef SWIFT_AMX
 constexpr int UNIT_ROWS = 4;  // from here on the unit is faster than the vectors
 constexpr int DEPTH = 32;     // inputs of a step
+constexpr int64_t UNIT_RESIDENT = 640 * 1024;  // elements of x that stay in the second-level cache while the panels pass
 
 // Rows in blocks of one size, up to 32 and so evenly that one set of tile shapes serves all: the last block may hold some rows of the
 // one before again. A block is two tiles of rows, or one when `bottom` is 0.
@@ -157,15 +158,19 @@ INLINE void unit_panel(const RowBlocks& blocks, const bf16* x, int64_t stride, W
 }
 
 inline void multiply_by_unit(const Product& p, int index, int count) {
-    const RowBlocks blocks(p.rows);
-    const Tiles tiles = blocks.tiles();
-    const int64_t panels = (p.n + WIDTH - 1) / WIDTH, size = WIDTH * p.k;
-    for (int64_t panel = panels * index / count; panel < panels * (index + 1) / count; panel++) {
-        const bf16* w = p.w + panel * size;
-        const Columns columns(p.bias ? p.bias + panel * WIDTH : nullptr, p.n - panel * WIDTH);
-        const Fetch next(w + size, panel + 1 < panels ? size * 2 : 0, blocks.count * p.k / DEPTH);
-        unit_panel(blocks, p.x, p.stride, [w](int step) { return w + step * DEPTH * WIDTH; }, p.k, p.out + panel * WIDTH, p.n, next,
-                   [&](bf16* out, __m512 low, __m512 high, int64_t) { columns.write(out, low, high); });
+    const int64_t panels = (p.n + WIDTH - 1) / WIDTH, size = WIDTH * p.k, groups = (p.rows * p.k + UNIT_RESIDENT - 1) / UNIT_RESIDENT;
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups;
+        const RowBlocks blocks(end - begin);
+        const Tiles tiles = blocks.tiles();
+        for (int64_t panel = panels * index / count; panel < panels * (index + 1) / count; panel++) {
+            const bf16* w = p.w + panel * size;
+            const Columns columns(p.bias ? p.bias + panel * WIDTH : nullptr, p.n - panel * WIDTH);
+            const Fetch next(w + size, panel + 1 < panels ? size * 2 : 0, blocks.count * p.k / DEPTH);
+            unit_panel(blocks, p.x + begin * p.stride, p.stride, [w](int step) { return w + step * DEPTH * WIDTH; }, p.k,
+                       p.out + begin * p.n + panel * WIDTH, p.n, next,
+                       [&](bf16* out, __m512 low, __m512 high, int64_t) { columns.write(out, low, high); });
+        }
     }
 }
 #endif

@@ -8,9 +8,13 @@ enum NormKind { ROUND_THEN_WEIGHT = 0, WEIGHT_IN_FLOAT = 1, ONE_PLUS_WEIGHT = 2 
 
 INLINE v16f rounded(v16f x, const float*) { return x; }
 INLINE v16f rounded(v16f x, const bf16*) {
+#ifdef __AVX512BF16__  // not through memory
+    return (v16f)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+#else
     bf16 h[16];
     store(h, x);
     return load(h);
+#endif
 }
 INLINE float rounded1(float x, const float*) { return x; }
 INLINE float rounded1(float x, const bf16*) {
