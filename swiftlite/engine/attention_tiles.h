@@ -33,7 +33,7 @@ struct Pairs {  // two bfloat16 products into fp32
 
 #ifdef SWIFT_AMX
 struct Unit : Pairs {  // the same pairs in the matrix unit; depths and widths are multiples of 32
-    static constexpr int ROWS = 256, BLOCK = 32, KEYS = 128, STEP = 32;  // packing K and V takes as long as the products of 64 rows
+    static constexpr int ROWS = 256, BLOCK = 32, KEYS = 256, STEP = 32;  // packing K and V takes as long as the products of 64 rows
 };
 #endif
 
@@ -163,31 +163,37 @@ INLINE void block(Unit, float* out, int out_stride, int width, const bf16* left,
 #endif
 
 // One softmax step of 16 rows: scores s[16][stride] of `columns` keys become weights p[16][stride]; maximum, total and out[16][width]
-// keep up. Row r sees the keys from last[r] - window + 1 (0: all) up to last[r].
+// keep up. Row r sees the keys from last[r] - window + 1 (0: all) up to last[r]. Maxima are in powers of two.
 template <class Left>
 INLINE void soften_rows(const Args& a, float* s, Left* p, int stride, int columns, const int* last, float* maximum, float* total, float* out,
                         int width) {
+    constexpr float LOG2_E = 1.44269504f;
     const v16i lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const float factor = a.softcap > 0 ? LOG2_E : a.scale * LOG2_E;  // from what lies in s
+    if (a.softcap > 0)
+        for (int r = 0; r < 16; r++)
+            for (int t = 0; t < columns; t += 16) store(s + r * stride + t, finish_scores(load(s + r * stride + t), a));
     v16f of_rows[16];
     for (int r = 0; r < 16; r++) {
         float* x = s + r * stride;
         const int first = a.window ? last[r] - a.window + 1 : 0;
-        const bool whole = last[r] >= columns - 1 && first <= 0;
         v16f top = splat(NEVER);
+        if (last[r] < columns - 1 || first > 0)
+            for (int t = 0; t < columns; t += 16)
+                store(x + t, ((lanes + t > last[r]) | (lanes + t < first)) ? splat(-INFINITY) : load(x + t));
         for (int t = 0; t < columns; t += 16) {
-            v16f part = finish_scores(load(x + t), a);
-            if (!whole) part = ((lanes + t > last[r]) | (lanes + t < first)) ? splat(-INFINITY) : part;
-            store(x + t, part);
+            const v16f part = load(x + t);
             top = part > top ? part : top;
         }
         of_rows[r] = top;
     }
-    const v16f before = load(maximum), found = highests(of_rows), high = found > before ? found : before, rescale = exp16(before - high);
+    const v16f before = load(maximum), found = highests(of_rows) * factor, high = found > before ? found : before;
+    const v16f rescale = exp2_16(before - high);
     store(maximum, high);
     for (int r = 0; r < 16; r++) {
         v16f part = {};
         for (int t = 0; t < columns; t += 16) {
-            const v16f weight = exp16(load(s + r * stride + t) - maximum[r]);
+            const v16f weight = exp2_16(load(s + r * stride + t) * factor - maximum[r]);
             part += weight;
             store(p + r * stride + t, weight);
         }

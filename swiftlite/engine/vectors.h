@@ -128,4 +128,21 @@ INLINE v16f exp16(v16f x) {
 #endif
 }
 
+// 2^x for x <= 0, to 3e-6; 0 below -126, NaN stays NaN.
+INLINE v16f exp2_16(v16f x) {
+#ifdef __AVX512F__
+    const __m512 n = _mm512_roundscale_ps((__m512)x, 0);
+    const v16f f = x - (v16f)n;
+    v16f p = splat(1.33335581e-3f);  // ln(2)^k / k!
+    p = p * f + 9.61812911e-3f;
+    p = p * f + 5.55041087e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147181e-1f;
+    p = p * f + 1.0f;
+    return (v16f)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ), (__m512)p, n);
+#else
+    return exp16(x * 0.693147181f);
+#endif
+}
+
 INLINE v16f tanh16(v16f x) { return 1.0f - 2.0f / (exp16(x + x) + 1.0f); }
