@@ -177,7 +177,7 @@ def _train(
             push.send if push is not None and options.hub_strategy == "every_save" else None,
         )  # fmt: skip
         if resumed and tensors is not None:
-            trainer.restore(state, tensors)
+            trainer.restore(state, tensors, resumed)
             plan.resume(state)
             print(f"resumed at step {trainer.progress.step} of {total}")
         torch.manual_seed(options.seed + 1 + ranks.rank) if not resumed else None  # dropout differs between processes

@@ -149,8 +149,8 @@ class TrainOptions:
     )  # fmt: skip
     logging_steps: int = opt(5, "log every so many steps")
     eval_steps: int | None = opt(None, "evaluate every so many steps; default: as --save_steps")
-    save_steps: int = opt(50, "save a checkpoint every so many steps; the last step is always saved")
-    save_total_limit: int | None = opt(2, "keep the best and the newest checkpoints, at most so many (unset: 2)")
+    save_steps: int = opt(50, "save a checkpoint every so many steps; the last step and every new best are always saved")
+    save_total_limit: int | None = opt(2, "keep so many of this run's checkpoints; the newest and the best always stay (unset: 2)")
     early_stop_interval: int | None = opt(None, "stop after so many evaluations without a new best")
     create_checkpoint_symlink: bool = opt(False, "name the best and the last checkpoint `best` and `last` in the run's folder")
     save_only_model: bool = opt(False, "leave out the optimizer's state (no resuming)")
