@@ -23,16 +23,16 @@ OWN = ("resume_from_checkpoint", "output_dir", "add_version", "ckpt_dir", "adapt
 def take_over(options: Options, checkpoint: Path) -> dict[str, Any]:
     """Set every flag that the user left out to the checkpoint's value; returns the saved settings.
 
-    CheckpointError when a flag that matters was given another value.
+    One that was left out then too still counts as not given. CheckpointError when a flag that matters was given another value.
     """
     saved = read_args(checkpoint)
-    flags, changed = flags_of(options.command), []
+    flags, changed, given = flags_of(options.command), [], saved.get("origins", {})
     for name, flag in flags.items():
         if name in OWN or name not in saved:
             continue
         value = tuple(saved[name]) if flag.many and saved[name] is not None else saved[name]
         if not options.given(name):
-            options.set(name, value, str(checkpoint))
+            options.set(name, value, str(checkpoint) if name in given else "default")
         elif options.values[name] != value and name not in FREE:
             changed.append(f"--{name} {options.values[name]} (it was {value})")
     if changed:
