@@ -66,7 +66,8 @@ def _train(
     tokenizer = load_tokenizer(model_dir)
     template = Template.load(model_dir, tokenizer, name=options.template, system=options.system)
     max_length = _max_length(options, config)
-    rows = material.prepare(options, template, max_length, ranks.world)
+    planned_for = state["processes"] if resumed else ranks.world  # what a step holds stays, whoever computes it
+    rows = material.prepare(options, template, max_length, planned_for)
     samples, evaluation, plan = rows.samples, rows.evaluation, rows.plan
     total = plan.total_steps(options.num_train_epochs, options.max_steps)
     if resumed:
@@ -173,14 +174,14 @@ def _train(
     with contextlib.closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
         trainer = Trainer(
             model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, collect,
-            {"fingerprint": rows.fingerprint, "data": rows.table()}, ranks, generate, sharded,
+            {"fingerprint": rows.fingerprint, "data": rows.table(), "processes": planned_for}, ranks, generate, sharded,
             push.send if push is not None and options.hub_strategy == "every_save" else None,
         )  # fmt: skip
+        torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs between processes
         if resumed and tensors is not None:
             trainer.restore(state, tensors, resumed)
             plan.resume(state)
             print(f"resumed at step {trainer.progress.step} of {total}")
-        torch.manual_seed(options.seed + 1 + ranks.rank) if not resumed else None  # dropout differs between processes
         ended = trainer.run()
         info = _info(trainer, run, ended, device)
         logbook.final({key: value for key, value in info.items() if key != "interrupted"})

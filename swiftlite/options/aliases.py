@@ -88,6 +88,7 @@ VALUES: dict[str, dict[str, str]] = {
     "target_modules": {"ALL": "all-linear", "DEFAULT": "all-linear", "AUTO": "all-linear"},
     "report_to": {"all": "tensorboard"},
     "fsdp": {
+        **dict.fromkeys(("", "false", "False", "None"), "none"),
         "fsdp2": "full_shard",
         "full_shard auto_wrap": "full_shard",
         "shard_grad_op auto_wrap": "shard_grad_op",

@@ -123,7 +123,7 @@ class TrainOptions:
         "--gradient_accumulation_steps is given"
     )  # fmt: skip
     per_device_eval_batch_size: int = opt(1, "rows a forward pass in evaluation")
-    gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default: about 16 rows a step")
+    gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default, also as auto: about 16 rows a step")
     packing: bool = opt(True, "fill every forward pass with whole rows up to its token budget; rows never see each other")
     learning_rate: float | None = opt(None, "peak learning rate; default 1e-4 for lora, 1e-5 for full")
     lr_scheduler_type: str = opt(
@@ -157,8 +157,9 @@ class TrainOptions:
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
     fsdp: str | None = opt(
         None, "each of several processes (NPROC_PER_NODE) holds a share of the model: full_shard, or shard_grad_op, which is faster but "
-        "holds the whole model from the forward to the backward pass. --deepspeed zero3 and zero2 mean these: torch does the work, "
-        "DeepSpeed is not needed and its configuration files are not read", ("full_shard", "shard_grad_op"),
+        "holds the whole model from the forward to the backward pass; none, also in resuming: the whole model in each. --deepspeed "
+        "zero3 and zero2 mean these: torch does the work, DeepSpeed is not needed and its configuration files are not read",
+        ("full_shard", "shard_grad_op"),
     )  # fmt: skip
     report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), or none")
     seed: int = opt(42, "seed of initialisation and dropout")

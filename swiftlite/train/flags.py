@@ -111,7 +111,7 @@ def check(options: Options) -> Path:
 def _check_fsdp(options: Options) -> None:
     """UsageError for what cannot be sharded."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UsageError("--fsdp needs several processes to share the model", "this is one", "set NPROC_PER_NODE, or leave --fsdp out")
+        raise UsageError("--fsdp needs several processes to share the model", "this is one", "set NPROC_PER_NODE, or use --fsdp none")
     if options.torch_compile:
         raise UsageError("--torch_compile cannot run with --fsdp", "sharded layers change their parameters in every pass", "leave one out")
     if options.optim not in ("adamw", "sgd"):

@@ -128,7 +128,8 @@ class Trainer:
 
             state_dict = share_state(self.optimizer, state_dict)
         self.optimizer.load_state_dict(state_dict)
-        self._set_random_state(tensors["random"][self.ranks.rank])
+        if self.ranks.rank < len(tensors["random"]):  # else there were fewer processes
+            self._set_random_state(tensors["random"][self.ranks.rank])
         window = tensors["window"]
         self.nll, self.hits = window["nll"].to(self.device), window["hits"].to(self.device)
         self.targets, self.tokens = window["targets"], window["tokens"]
@@ -156,7 +157,7 @@ class Trainer:
             }
         state = {
             **self.extra_state, **self.plan.state(),
-            "processes": self.ranks.world, "global_step": self.progress.step, "epoch": self._epoch(),
+            "global_step": self.progress.step, "epoch": self._epoch(),
             "total_steps": self.schedule.total,
             "progress": vars(self.progress), "log_history": self.logbook.rows,
         }  # fmt: skip

@@ -45,13 +45,7 @@ def take_over(options: Options, checkpoint: Path) -> dict[str, Any]:
 
 
 def check_fit(state: dict[str, Any], checkpoint: Path, fingerprint: str, total: int, processes: int = 1) -> None:
-    """CheckpointError when the data or the number of processes changed, or there is nothing left to do."""
-    if state["processes"] != processes:
-        raise CheckpointError(
-            f"cannot resume {checkpoint} with {processes} process{'es' if processes > 1 else ''}",
-            f"it was trained with {state['processes']}, which decides what a step holds",
-            "set NPROC_PER_NODE and NNODES as they were, or start anew from its weights with --adapters or --model",
-        )
+    """CheckpointError when the data changed, or there is nothing left to do."""
     if state["fingerprint"] != fingerprint:
         raise CheckpointError(
             f"cannot resume {checkpoint}: the encoded training rows differ from that run's",
@@ -65,3 +59,5 @@ def check_fit(state: dict[str, Any], checkpoint: Path, fingerprint: str, total: 
         )
     if state["total_steps"] != total:
         print(f"note: {total} steps instead of {state['total_steps']}: the learning rate follows the longer schedule from here on")
+    if state["processes"] != processes:
+        print(f"note: processes: {processes}, before: {state['processes']}. Steps hold the same rows; dropout draws other numbers")
