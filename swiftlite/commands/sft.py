@@ -33,10 +33,11 @@ def main(options: Options) -> int:
 def sft(options: Options) -> dict[str, Any]:
     """Train as the options say; returns the run's info: last_model_checkpoint, best_model_checkpoint, best_metric,
     global_step, train_time_s, tokens, memory_gb, run_dir, interrupted (signal number or None)."""
-    from swiftlite.train import flags
+    from swiftlite.train import deepspeed, flags
     from swiftlite.train.ranks import Ranks
 
     ranks = Ranks.here()
+    deepspeed.apply(options, ranks.world)
     resumed = Path(options.resume_from_checkpoint).resolve() if options.resume_from_checkpoint else None
     before = flags.read_resumed(options, resumed) if resumed else ({}, None, {})
     start_from = None if resumed else flags.start_from(options)

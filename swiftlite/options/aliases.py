@@ -58,7 +58,6 @@ ALIASES: dict[str, str] = {
     "early_stopping_patience": "early_stop_interval",
     "gradient_accumulation": "gradient_accumulation_steps",
     "padding_free": "packing",
-    "deepspeed": "fsdp",
     "push_hub_strategy": "hub_strategy",
     # generation
     "max_tokens": "max_new_tokens",
@@ -92,8 +91,6 @@ VALUES: dict[str, dict[str, str]] = {
         "fsdp2": "full_shard",
         "full_shard auto_wrap": "full_shard",
         "shard_grad_op auto_wrap": "shard_grad_op",
-        "zero2": "shard_grad_op",
-        "zero3": "full_shard",
     },
     "hub_strategy": {
         "push_best": "end",

@@ -157,9 +157,12 @@ class TrainOptions:
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
     fsdp: str | None = opt(
         None, "each of several processes (NPROC_PER_NODE) holds a share of the model: full_shard, or shard_grad_op, which is faster but "
-        "holds the whole model from the forward to the backward pass; none, also in resuming: the whole model in each. --deepspeed "
-        "zero3 and zero2 mean these: torch does the work, DeepSpeed is not needed and its configuration files are not read",
+        "holds the whole model from the forward to the backward pass; none, also in resuming: the whole model in each",
         ("full_shard", "shard_grad_op"),
+    )  # fmt: skip
+    deepspeed: str | None = opt(
+        None, "what DeepSpeed calls it: zero3 and zero2 are --fsdp full_shard and shard_grad_op, zero1 and zero0 shard nothing; a JSON "
+        "file is read into flags, what cannot be done is refused. torch does the work, DeepSpeed is not needed"
     )  # fmt: skip
     report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), or none")
     seed: int = opt(42, "seed of initialisation and dropout")

@@ -99,8 +99,6 @@ def check(options: Options) -> Path:
         )  # fmt: skip
     if options.torch_compile and (options.predict_with_generate or options.sample_answers):
         raise UsageError("--torch_compile compiles layers for training, the engine could not answer with them", fix="leave one out")
-    if options.predict_with_generate and options.fsdp:
-        raise UsageError("--predict_with_generate cannot run with --fsdp", "the engine needs the whole model in a process", "leave one out")
     if options.sample_answers is not None and options.sample_answers < 0:
         raise UsageError(f"--sample_answers must not be negative, got {options.sample_answers}")
     if not 0 <= options.lora_dropout < 1:
@@ -110,14 +108,25 @@ def check(options: Options) -> Path:
 
 def _check_fsdp(options: Options) -> None:
     """UsageError for what cannot be sharded."""
+    origin = options.origins["fsdp"]
+    asked = origin if origin.startswith("--deepspeed") else "--fsdp"
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UsageError("--fsdp needs several processes to share the model", "this is one", "set NPROC_PER_NODE, or use --fsdp none")
+        none = asked.split()[0] + " none"
+        raise UsageError(f"{asked} needs several processes to share the model", "this is one", f"set NPROC_PER_NODE, or use {none}")
     if options.torch_compile:
-        raise UsageError("--torch_compile cannot run with --fsdp", "sharded layers change their parameters in every pass", "leave one out")
+        raise UsageError(
+            f"--torch_compile cannot run with {asked}", "sharded layers change their parameters in every pass", "leave one out"
+        )
     if options.optim not in ("adamw", "sgd"):
-        raise UsageError(f"--optim {options.optim} looks at whole matrices, --fsdp leaves a share", fix="use --optim adamw or sgd")
+        raise UsageError(f"--optim {options.optim} looks at whole matrices, {asked} leaves a share", fix="use --optim adamw or sgd")
     if options.sample_answers:
-        raise UsageError("--sample_answers cannot run with --fsdp", "the engine needs the whole model in a process", "leave one out")
+        raise UsageError(f"--sample_answers cannot run with {asked}", "the engine needs the whole model in a process", "leave one out")
+    if options.predict_with_generate:
+        raise UsageError(
+            f"--predict_with_generate cannot run with {asked}", "the engine needs the whole model in a process", "leave one out"
+        )  # fmt: skip
     peft = options.use_dora or options.lora_bias != "none" or options.init_weights != "true" or "all-embedding" in options.target_modules
     if peft or options.quant_bits:
-        raise UsageError("--fsdp shards plain LoRA and full training", fix="leave out --fsdp, or the flags that ask for another adapter")
+        raise UsageError(
+            f"{asked} shards plain LoRA and full training", fix=f"leave out {asked}, or the flags that ask for another adapter"
+        )  # fmt: skip

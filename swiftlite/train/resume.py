@@ -17,7 +17,17 @@ FREE = (
     "create_checkpoint_symlink", "torch_compile", "fsdp", "num_train_epochs", "max_steps", "eval_limit", "max_new_tokens", "sample_answers",
     "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy",
 )  # fmt: skip
-OWN = ("resume_from_checkpoint", "output_dir", "add_version", "ckpt_dir", "adapters", "merge_lora", "load_args", "load_dataset_config")
+OWN = (
+    "resume_from_checkpoint",
+    "deepspeed",
+    "output_dir",
+    "add_version",
+    "ckpt_dir",
+    "adapters",
+    "merge_lora",
+    "load_args",
+    "load_dataset_config",
+)
 
 
 def take_over(options: Options, checkpoint: Path) -> dict[str, Any]:
