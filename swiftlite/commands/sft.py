@@ -22,12 +22,18 @@ from swiftlite.options.resolve import as_json
 
 
 def main(options: Options) -> int:
-    """Train, in several processes where NPROC_PER_NODE says so; 0 when done or ended by SIGTERM after saving, 130 after Ctrl-C."""
-    from swiftlite.train import launch
+    """Train, in several processes where NPROC_PER_NODE says so; 0 when done or ended by SIGTERM, 130 after Ctrl-C."""
+    from swiftlite.train import interrupt, launch
 
     if processes := launch.wanted():
         return launch.launch(sys.argv[1:], processes)
-    return 130 if sft(options)["interrupted"] == signal.SIGINT else 0
+    # one of several dies at once: it may be waiting for the others where Python hears no signal
+    with contextlib.nullcontext() if "RANK" in os.environ else interrupt.starting():
+        try:
+            return 130 if sft(options)["interrupted"] == signal.SIGINT else 0
+        except interrupt.Terminated:
+            print(launch.NOT_BEGUN)
+            return 0
 
 
 def sft(options: Options) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def _train(
     )
     if ranks.first:
         checkpoint.clean(run)
-        folder.write_args(run, args)
+        folder.begin(run, args)
 
     def collect() -> tuple[Callable[[Path], None], dict[str, Any]]:
         weights = build.weights(tuner, loss, ranks, sharded)

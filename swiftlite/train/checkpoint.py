@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swiftlite.disk import mount
 from swiftlite.errors import CheckpointError
 
 STATE, TENSORS = "trainer_state.json", "trainer_state.pt"
@@ -53,7 +54,7 @@ def write(run: Path, step: int, state: dict[str, Any], tensors: dict[str, Any] |
             raise CheckpointError(
                 f"cannot write {final}",
                 str(error).splitlines()[0],
-                f"make room on {run.resolve().anchor}, then go on from the last checkpoint",
+                f"make room on {mount(run)}, then go on from the last checkpoint",
             ) from error
         raise
     return final
@@ -118,11 +119,14 @@ def rotate(run: Path, own: list[str], limit: int, best: str | None) -> list[str]
 
 
 def link(run: Path, name: str, target: Path) -> None:
-    """run/<name> -> target, in one step; relative, so that the folder may be moved."""
+    """run/<name> -> target, in one step; relative, so that the folder may be moved. Where there can be no links, that is said."""
     aside = run / f".{name}.{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(os.path.relpath(target, run))
-    os.replace(aside, run / name)
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.path.relpath(target, run))
+        os.replace(aside, run / name)
+    except OSError as error:
+        print(f"note: no link {run / name}: {error.strerror}")
 
 
 def _sync(path: Path) -> None:
