@@ -281,6 +281,7 @@ def test_full_disk_and_light_start(tmp_path, model, data):
         (["--learning_rate", "1e30"], 1, "no longer a number"),
         (["--logging_steps", "0"], 2, "logging_steps"),
         (["--report_to", "wandbb"], 2, "wandbb"),
+        (["--early_stop_interval", "2", "--split_dataset_ratio", "0"], 2, "--early_stop_interval 2 needs evaluation rows"),
         (["--lora_rank", "0"], 2, "lora_rank"),
         (["--deepspeed", "zero2"], 2, "--deepspeed zero2 needs several processes"),
         (["--deepspeed", "my_zero.json"], 2, "--deepspeed my_zero.json: neither zero0 to zero3 nor a file"),

@@ -85,7 +85,6 @@ VALUES: dict[str, dict[str, str]] = {
     "torch_dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32", "AUTO": "auto"},
     "infer_backend": {"AUTO": "auto", "pt": "native", "transformers": "native"},
     "target_modules": {"ALL": "all-linear", "DEFAULT": "all-linear", "AUTO": "all-linear"},
-    "report_to": {"all": "tensorboard"},
     "fsdp": {
         **dict.fromkeys(("", "false", "False", "None"), "none"),
         "fsdp2": "full_shard",

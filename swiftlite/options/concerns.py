@@ -151,7 +151,7 @@ class TrainOptions:
     eval_steps: int | None = opt(None, "evaluate every so many steps; default: as --save_steps")
     save_steps: int = opt(50, "save a checkpoint every so many steps; the last step and every new best are always saved")
     save_total_limit: int | None = opt(2, "keep so many of this run's checkpoints; the newest and the best always stay (unset: 2)")
-    early_stop_interval: int | None = opt(None, "stop after so many evaluations without a new best")
+    early_stop_interval: int | None = opt(None, "stop after so many evaluations without a new best; needs evaluation rows")
     create_checkpoint_symlink: bool = opt(False, "name the best and the last checkpoint `best` and `last` in the run's folder")
     save_only_model: bool = opt(False, "leave out the optimizer's state (no resuming)")
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
@@ -164,7 +164,7 @@ class TrainOptions:
         None, "what DeepSpeed calls it: zero3 and zero2 are --fsdp full_shard and shard_grad_op, zero1 and zero0 shard nothing; a JSON "
         "file is read into flags, what cannot be done is refused. torch does the work, DeepSpeed is not needed"
     )  # fmt: skip
-    report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), or none")
+    report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), all that are installed, or none")
     seed: int = opt(42, "seed of initialisation and dropout")
 
 

@@ -33,9 +33,16 @@ def check(report_to: tuple[str, ...]) -> None:
     """UsageError for a reporter that we do not have, or whose package is missing; TensorBoard's may be."""
     for name in report_to:
         if name not in (*REPORTERS, "none"):
-            raise UsageError(f"--report_to: unknown reporter {name!r}", fix=f"use {', '.join(REPORTERS)} or none")
+            raise UsageError(f"--report_to: unknown reporter {name!r}", fix=f"use {', '.join(REPORTERS)}, all or none")
         if name in ("wandb", "swanlab") and importlib.util.find_spec(name) is None:
             raise UsageError(f"--report_to {name}: the package {name} is not installed", fix=f"pip install {name}, or leave it out")
+
+
+def installed() -> tuple[str, ...]:
+    """What --report_to all means here."""
+    found = tuple(name for name in REPORTERS if importlib.util.find_spec(name) is not None)
+    print(f"--report_to all: {', '.join(found) or 'none is installed; logging.jsonl has every number'}")
+    return found
 
 
 def start(report_to: tuple[str, ...], run: Path, last_step: int) -> list[Reporter]:
