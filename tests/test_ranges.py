@@ -14,7 +14,7 @@ BAD = {
     "at least 1": ["0", "-3"],
     "a number above 0": ["0", "-1", "nan", "inf"],
     "a number from 0 up": ["-1", "nan", "inf"],
-    "from 0 to 1": ["-0.1", "1.5", "nan"],
+    "between 0 and 1": ["-0.1", "1.5", "nan"],
     "from 0 to below 1": ["-0.1", "1", "nan"],
 }
 

@@ -20,7 +20,7 @@ RANGES = {
         ("weight_decay", "neftune_noise_alpha", "max_grad_norm", "warmup_steps", "num_train_epochs", "sample_answers",
          "self_cognition_sample", "seed", "data_seed"),
     ),
-    "from 0 to 1": (lambda value: 0 <= value <= 1, ("warmup_ratio", "min_lr_rate", "wsd_decay_ratio", "freeze_parameters_ratio")),
+    "between 0 and 1": (lambda value: 0 <= value <= 1, ("warmup_ratio", "min_lr_rate", "wsd_decay_ratio", "freeze_parameters_ratio")),
     "from 0 to below 1": (
         lambda value: 0 <= value < 1, ("split_dataset_ratio", "lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"),
     ),
