@@ -78,7 +78,7 @@ def _wait(running: list[subprocess.Popen[bytes]], errors: IO[bytes], told: list[
     while True:
         codes = [process.poll() for process in running]
         if signal.SIGTERM in told and -signal.SIGTERM in codes:  # the loop would have caught it
-            print(NOT_BEGUN)
+            print("stopped before training began or after it ended; nothing was to be saved")
             return 0
         if all(code is not None for code in codes):
             return next((_exit_code(code) for code in codes if code), 0)
