@@ -14,10 +14,10 @@ RANGES = {
          "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length", "eval_limit", "max_new_tokens", "lora_rank",
          "shuffle_buffer_size"),
     ),
-    "a number above 0": (lambda value: 0 < value < math.inf, ("learning_rate", "lorap_lr_ratio", "lora_alpha", "adam_epsilon")),
+    "a number above 0": (lambda value: 0 < value < math.inf, ("learning_rate", "lorap_lr_ratio", "adam_epsilon")),
     "a number from 0 up": (
         lambda value: 0 <= value < math.inf,
-        ("weight_decay", "neftune_noise_alpha", "max_grad_norm", "warmup_steps", "num_train_epochs", "sample_answers",
+        ("weight_decay", "lora_alpha", "neftune_noise_alpha", "max_grad_norm", "warmup_steps", "num_train_epochs", "sample_answers",
          "self_cognition_sample", "seed", "data_seed"),
     ),
     "between 0 and 1": (lambda value: 0 <= value <= 1, ("warmup_ratio", "min_lr_rate", "wsd_decay_ratio", "freeze_parameters_ratio")),
