@@ -1,7 +1,12 @@
 """Trains the benchmark model with this package and with TRL in turn and writes BENCHMARKS.md's training table.
 
 usage: bench_sft_vs_trl.py WORK_DIR [--envs DIR] [--rounds N] [--steps N] [--write]
-LoRA r=16 on all linears, bfloat16, batches of 4 rows of mixed length (mean 158 tokens), or the same packed; no gradient checkpointing.
+
+Both train on the same tokens in every step: our encoded rows (answers are learnt, prompts are not) in our order, 4 rows of mixed
+length a step (plain) or as many whole rows as 4 of mean length have tokens, packed into one pass (packed). TRL gets them encoded, so
+its tokenizing and its packer are not measured. LoRA r=16 on all linears, bfloat16, AdamW at a constant rate without weight decay; no
+gradient checkpointing. The losses of each step stand side by side: the first is the untouched model's and must agree up to rounding;
+after it the adapters' random beginnings differ.
 """
 
 from __future__ import annotations
@@ -16,36 +21,75 @@ from pathlib import Path
 
 from bench_vs_peers import HERE, cpu_name, put_section
 
-BATCH = 4
+BATCH, RATE, GB_IN_GIB = 4, 1e-4, 1e9 / 2**30
+
+
+def flags(model: Path, rows: Path, packing: bool, steps: int) -> list[str]:
+    given = [
+        "--model", model, "--dataset", rows, "--torch_dtype", "bfloat16", "--lora_rank", "16", "--lora_alpha", "32",
+        "--target_modules", "all-linear", "--per_device_train_batch_size", BATCH, "--packing", packing, "--dataset_shuffle", "false",
+        "--gradient_accumulation_steps", "1", "--max_steps", steps, "--max_length", "512", "--learning_rate", RATE,
+        "--lr_scheduler_type", "constant", "--warmup_ratio", "0", "--weight_decay", "0", "--adam_beta2", "0.999", "--logging_steps", "1",
+        "--save_steps", "100000", "--split_dataset_ratio", "0", "--gradient_checkpointing", "false", "--save_only_model", "true",
+        "--report_to", "none", "--add_version", "false",
+    ]  # fmt: skip
+    return [str(part) for part in given]
+
+
+def export(model: Path, rows: Path, packing: bool, steps: int, out: Path) -> list[tuple[int, int]]:
+    """Write what our run trains on as TRL takes it, encoded and in order; (tokens, targets) of each step."""
+    from swiftlite.chat.template import Template
+    from swiftlite.models.loading import load_tokenizer
+    from swiftlite.options.parse import parse
+    from swiftlite.train import material
+
+    options = parse("sft", flags(model, rows, packing, steps))
+    found = material.prepare(options, Template.load(model, load_tokenizer(model)), options.max_length, 1)
+    counts = []
+    with open(out, "w", encoding="utf-8") as file:
+        for number in range(steps):
+            (rows_of_pass,) = found.plan.step(number)
+            samples = [found.samples[i] for i in rows_of_pass]
+            # a row's first token has nothing to be told from, least of all the end of the row packed before it
+            labels = [[-100, *(int(i) if m else -100 for i, m in zip(s.ids[1:], s.mask[1:], strict=True))] for s in samples]
+            lines = [{"input_ids": s.ids.tolist(), "labels": own} for s, own in zip(samples, labels, strict=True)]
+            if packing:
+                ids, own = ([token for line in lines for token in line[key]] for key in ("input_ids", "labels"))
+                lines = [{"input_ids": ids, "labels": own, "seq_lengths": [len(s.ids) for s in samples]}]
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            counts.append((sum(len(s.ids) for s in samples), sum(int(s.mask[1:].sum()) for s in samples)))
+    return counts
 
 
 def ours(model: Path, rows: Path, packing: bool, steps: int, work: Path) -> dict:
     out = work / f"sft-{'packed' if packing else 'plain'}"
-    command = [
-        sys.executable, "-m", "swiftlite.cli", "sft", "--model", model, "--dataset", rows, "--torch_dtype", "bfloat16", "--lora_rank", "16",
-        "--lora_alpha", "32", "--target_modules", "all-linear", "--per_device_train_batch_size", BATCH, "--packing", packing,
-        "--gradient_accumulation_steps", "1", "--max_steps", steps, "--max_length", "512", "--learning_rate", "1e-4",
-        "--logging_steps", "1", "--save_steps", "100000", "--split_dataset_ratio", "0", "--gradient_checkpointing", "false",
-        "--save_only_model", "true", "--report_to", "none", "--add_version", "false", "--output_dir", out,
-    ]  # fmt: skip
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "swiftlite.cli", "sft", *flags(model, rows, packing, steps), "--output_dir", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     log = [json.loads(line) for line in (out / "logging.jsonl").read_text().splitlines()]
-    log = [row for row in log if "tokens_per_s" in row][-steps:]
+    done, log = log[-1], [row for row in log if "tokens_per_s" in row]
     speeds = [row["tokens_per_s"] for row in log[1:]]  # the first step warms up
     return {
-        "tokens_per_s": len(speeds) / sum(1 / s for s in speeds),
-        "memory_gb": max(r["memory_gb"] for r in log),
-        "losses": [r["loss"] for r in log],
+        "tokens_per_s": len(speeds) / sum(1 / s for s in speeds) if speeds else None,
+        "memory_gib": max(row["memory_gb"] for row in log) * GB_IN_GIB,
+        "tokens": done["tokens"],
+        "losses": [row["loss"] for row in log],
     }
 
 
-def trl(python: Path, model: Path, rows: Path, packing: bool, steps: int, work: Path) -> dict:
+def trl(python: Path, model: Path, encoded: Path, packing: bool, steps: int, work: Path) -> dict:
     out = work / "trl.json"
-    job = {"model": str(model), "rows": str(rows), "packing": packing, "batch": BATCH, "steps": steps, "out": str(out)}
+    job = {"model": str(model), "rows": str(encoded), "packing": packing, "batch": BATCH, "steps": steps, "rate": RATE, "out": str(out)}
     done = subprocess.run([python, str(HERE / "peers/trl_driver.py"), json.dumps(job)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"TRL failed:\n{done.stderr[-2000:]}")
     return json.loads(out.read_text())
+
+
+def loss_table(kind: str, counts: list[tuple[int, int]], mine: list[float], theirs: list[float]) -> list[str]:
+    lines = [f"| {kind}: step | tokens | targets | swiftlite loss | TRL loss | difference |", "|---|---|---|---|---|---|"]
+    for number, ((tokens, targets), a, b) in enumerate(zip(counts, mine, theirs, strict=True), 1):
+        lines.append(f"| {number} | {tokens} | {targets} | {a:.4f} | {b:.4f} | {a - b:+.4f} |")
+    return lines
 
 
 def main() -> None:
@@ -63,24 +107,34 @@ def main() -> None:
         subprocess.run([sys.executable, str(HERE / "peers/make_model.py"), str(model)], check=True)
     if not rows.exists():
         subprocess.run([sys.executable, str(HERE / "peers/make_rows.py"), str(rows)], check=True)
-    lines = ["| rows | swiftlite tok/s | TRL tok/s | ratio | swiftlite GiB | TRL GiB | ratio |", "|---|---|---|---|---|---|---|"]
+    speeds = ["| rows | tokens a step | swiftlite tok/s | TRL tok/s | ratio | swiftlite GiB | TRL GiB | ratio |", "|" + "---|" * 8]
+    losses: list[str] = []
     for packing in (False, True):
+        kind, encoded = "packed" if packing else "plain", work / "trl-rows.jsonl"
+        counts = export(model, rows, packing, args.steps, encoded)
         mine, theirs = [], []
         for number in range(args.rounds):
-            print(f"round {number + 1}, packing {packing} ...", file=sys.stderr, flush=True)
+            print(f"round {number + 1}, {kind} ...", file=sys.stderr, flush=True)
             mine.append(ours(model, rows, packing, args.steps, work))
-            theirs.append(trl(python, model, rows, packing, args.steps, work))
-        a, b = (max(r["tokens_per_s"] for r in runs) for runs in (mine, theirs))
-        m, n = (min(r["memory_gb"] for r in runs) for runs in (mine, theirs))
-        lines.append(f"| {'packed' if packing else 'plain'} | {a:.0f} | {b:.0f} | {a / b:.2f}x | {m:.1f} | {n:.1f} | {m / n:.2f}x |")
-        print(f"losses: ours {mine[0]['losses']}, TRL {theirs[0]['losses']}", file=sys.stderr)
+            theirs.append(trl(python, model, encoded, packing, args.steps, work))
+        trained = {report["tokens"] for report in (*mine, *theirs)}
+        if trained != {sum(tokens for tokens, _ in counts)}:
+            sys.exit(f"not the same tokens: {counts} were planned, {trained} were trained on")
+        a, b = (max(report["tokens_per_s"] or 0 for report in runs) for runs in (mine, theirs))
+        m, n = (min(report["memory_gib"] for report in runs) for runs in (mine, theirs))
+        each = f"{min(tokens for tokens, _ in counts)}-{max(tokens for tokens, _ in counts)}"
+        ratio = f"{a / b:.2f}x" if b else "-"  # one step alone is only a warm-up
+        speeds.append(f"| {kind} | {each} | {a:.0f} | {b:.0f} | {ratio} | {m:.1f} | {n:.1f} | {m / n:.2f}x |")
+        losses += [*loss_table(kind, counts, mine[0]["losses"], theirs[0]["losses"]), ""]
     title = "## Training on a CPU"
     text = "\n".join([
         title, "",
         f"{datetime.date.today()}, {cpu_name()}, {len(os.sched_getaffinity(0))} cores, bfloat16, LoRA r=16 on all linears, "
-        f"Qwen3-0.6B's shape, 4 rows a step (mean 158 tokens), no gradient checkpointing. "
-        f"Best of {args.rounds} rounds of {args.steps} steps, in turn.",
-        "Command: `python scripts/bench_sft_vs_trl.py WORK_DIR`", "", *lines, "",
+        f"Qwen3-0.6B's shape, 4 rows a step, or packed into one pass as many tokens as 4 rows of mean length have; no gradient "
+        f"checkpointing. Best of {args.rounds} rounds of {args.steps} steps, in turn; peak memory of the whole process.",
+        "Command: `python scripts/bench_sft_vs_trl.py WORK_DIR`", "", *speeds, "",
+        "Both trained on the same tokens and the same targets (answers only) in the same order, at the same constant rate:", "",
+        *losses,
     ])  # fmt: skip
     print(text)
     if args.write:

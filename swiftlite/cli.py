@@ -10,8 +10,10 @@ import difflib
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from swiftlite import __version__
+from swiftlite.disk import REFUSED, mount
 from swiftlite.errors import SwiftError, UsageError
 from swiftlite.options.concerns import COMMANDS
 
@@ -70,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `swift ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        fix = f"\n  fix: make room on {mount(Path(str(error.filename)))}" if error.filename else ""
+        print(f"error: the disk takes no more\n  why: {error}{fix}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -82,15 +82,16 @@ def test_damage_is_named(tmp_path):
         checkpoint.read(tmp_path / "checkpoint-4")
 
 
-def test_rotation_keeps_best_and_newest(tmp_path):
-    for step in (1, 2, 3, 10):
+def test_rotation_keeps_best_and_newest_of_its_own(tmp_path):
+    for step in (1, 2, 3, 10, 99):
         checkpoint.write(tmp_path, step, {}, None, save(1))
-    checkpoint.rotate(tmp_path, 3, str(tmp_path / "checkpoint-1"))
-    assert names(tmp_path) == ["checkpoint-1", "checkpoint-10", "checkpoint-3"]
-    checkpoint.rotate(tmp_path, 2, str(tmp_path / "checkpoint-1"))
-    assert names(tmp_path) == ["checkpoint-1", "checkpoint-10"]
-    checkpoint.rotate(tmp_path, 1, str(tmp_path / "checkpoint-1"))
-    assert names(tmp_path) == ["checkpoint-10"]
+    own, best = ["checkpoint-1", "checkpoint-10", "checkpoint-2", "checkpoint-3"], str(tmp_path / "checkpoint-1")  # 99: a stranger
+    own = checkpoint.rotate(tmp_path, own, 3, best)
+    assert own == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]  # the order written decides, not the number
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-99"]
+    assert checkpoint.rotate(tmp_path, own, 1, best) == ["checkpoint-1", "checkpoint-3"]
+    assert checkpoint.rotate(tmp_path, ["checkpoint-1", "checkpoint-3"], 1, "/elsewhere/checkpoint-1") == ["checkpoint-3"]
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-99"]
 
 
 WRITER = """
@@ -101,9 +102,10 @@ def save(folder):
     for i in range(20):
         (folder / f"part{i}.bin").write_bytes(b"x" * 200_000)
 print("ready", flush=True)
+own = []
 for step in range(100_000):
-    checkpoint.write(Path(sys.argv[1]), step, {"global_step": step}, None, save)
-    checkpoint.rotate(Path(sys.argv[1]), 2, None)
+    own.append(checkpoint.write(Path(sys.argv[1]), step, {"global_step": step}, None, save).name)
+    own = checkpoint.rotate(Path(sys.argv[1]), own, 2, None)
 """
 
 

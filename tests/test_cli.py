@@ -54,6 +54,20 @@ def test_exit_codes_and_suggestions():
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done
 
 
+def test_words_that_leave_a_flag_to_us():
+    for argv in (["--fsdp", "none"], ["--fsdp", "false"], ["--fsdp", ""], ["--fsdp="]):
+        options = parse("sft", argv)
+        assert options.fsdp is None and options.given("fsdp"), argv  # given: a resumed run does not take the checkpoint's
+    assert parse("sft", ["--gradient_checkpointing", "false"]).gradient_checkpointing is False
+    options = parse("sft", ["--gradient_accumulation_steps", "auto", "--learning_rate=auto", "--gradient_checkpointing", "auto"])
+    assert not any(map(options.given, ("gradient_accumulation_steps", "learning_rate", "gradient_checkpointing")))
+    assert options.gradient_accumulation_steps is options.gradient_checkpointing is None
+    with pytest.raises(UsageError, match="invalid int value: 'automatic'"):
+        parse("sft", ["--gradient_accumulation_steps", "automatic"])
+    with pytest.raises(UsageError, match="invalid int value: 'auto'"):  # not ours to choose
+        parse("sft", ["--lora_rank", "auto"])
+
+
 def test_every_alias_and_no_effect_flag_leads_somewhere():
     everything = {name for command in COMMANDS for name in flags_of(command)}
     assert set(ALIASES.values()) <= everything

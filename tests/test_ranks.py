@@ -47,7 +47,7 @@ def folder(out: Path) -> Path:
 
 
 @pytest.mark.parametrize("tuner", ["lora", "full"])
-def test_two_processes_equal_one_and_resume(tuner, tmp_path, words, pair, capsys):
+def test_two_processes_equal_one_and_resume(tuner, tmp_path, words, pair):
     """20 rows, 8 a step in passes of 2: the last step of an epoch has one pass for two processes."""
     flags = ["sft", *COMMON, *words, "--tuner_type", tuner, "--max_steps", "6", "--split_dataset_ratio", "0.1", "--packing", "false"]
     flags += ["--save_steps", "3", "--save_total_limit", "9", "--eval_steps", "3"]
@@ -74,9 +74,6 @@ def test_two_processes_equal_one_and_resume(tuner, tmp_path, words, pair, capsys
         shutil.copytree(two, broken)
         shutil.rmtree(broken / "checkpoint-6")
         resume = ["sft", "--resume_from_checkpoint", str(broken / "checkpoint-3")]
-        capsys.readouterr()
-        assert cli.main(resume) == 1
-        assert "NPROC_PER_NODE" in capsys.readouterr().err
         pair(*resume)
         assert trajectory(broken) == trajectory(two)
         again = load_file(broken / "checkpoint-6" / name)

@@ -49,6 +49,14 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
             reporters.check(("tensorboard", name))
 
 
+def test_all_means_what_is_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in ("tensorboard", "swanlab") else None)
+    assert reporters.installed() == ("tensorboard", "swanlab")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert reporters.installed() == ()
+    assert "none is installed" in capsys.readouterr().out
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     write_rows(tmp_path, "tensorboard")

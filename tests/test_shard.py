@@ -77,6 +77,41 @@ def test_equals_one_process(kind, tmp_path, words, pair):
         assert all(torch.equal(got[key], again[key]) for key in got)
 
 
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_resumes_in_any_other_way(tuner, tmp_path, words, pair, capsys):
+    """Whole or in shares, in one process or in two: a checkpoint does not tell, and the losses go on as in the straight run."""
+    passes = {"one": "4", "two": "2", "shares": "2"}
+    flags = [*words, "--tuner_type", tuner]
+    for way, count in passes.items():
+        given = [*flags, "--gradient_accumulation_steps", count, "--output_dir", str(tmp_path / way)]
+        if way == "one":
+            assert cli.main(given) == 0
+        else:
+            pair(*given, *(["--fsdp", "full_shard"] if way == "shares" else []))
+    straight = trajectory(folder(tmp_path / "one"))
+    for before in passes:
+        for after in passes:
+            if after == before:
+                continue
+            broken = tmp_path / f"{before}-{after}"
+            shutil.copytree(folder(tmp_path / before), broken)
+            shutil.rmtree(broken / "checkpoint-4")
+            resume = ["sft", "--resume_from_checkpoint", str(broken / "checkpoint-2")]
+            resume += ["--fsdp", "full_shard" if after == "shares" else "none"]
+            if after == "one":
+                capsys.readouterr()
+                assert cli.main(resume) == 0
+                assert "note: processes: 1, before: 2" in capsys.readouterr().out
+            else:
+                printed = pair(*resume)
+                assert ("sharded (" in printed) == (after == "shares")
+            assert_close(trajectory(broken), straight)
+            want = weights(folder(tmp_path / "one"), 4)
+            assert all((tensor - want[key]).abs().max() < 1e-3 for key, tensor in weights(broken, 4).items())
+    assert cli.main(["sft", "--resume_from_checkpoint", str(folder(tmp_path / "shares") / "checkpoint-2")]) == 2
+    assert "--fsdp none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -162,6 +162,20 @@ def test_run_equals_rows_at_hand_and_resumes_exactly(tmp_path, model):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize("again", [[], ["--split_dataset_ratio", "0"]])
+def test_a_run_without_evaluation_rows_resumes(again, tmp_path, model):
+    data = write(tmp_path / "rows.jsonl", 12)
+    flags = ["--streaming", "true", "--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "4", *QUIET]
+    assert cli.main(["sft", "--model", str(model), "--dataset", str(data), *flags, "--output_dir", str(tmp_path / "out")]) == 0
+    (run,) = (tmp_path / "out").glob("*/v*")
+    straight = training(run)
+    for gone in ("checkpoint-4", "logging.jsonl"):
+        path = run / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert cli.main(["sft", "--resume_from_checkpoint", str(run / "checkpoint-2"), *again]) == 0
+    assert [row["loss"] for row in training(run)] == [row["loss"] for row in straight]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -124,7 +124,7 @@ def test_variants_resume_exactly(sft, flags, tmp_path):  # noqa: F811
         (["--freeze_parameters_ratio", "0.5"], "--freeze_parameters_ratio has no meaning"),
         (["--tuner_type", "full", "--freeze_parameters_regex", "nothing"], "finds no parameter"),
         (["--tuner_type", "full", "--freeze_parameters_ratio", "1"], "every parameter is frozen"),
-        (["--label_smoothing_factor", "2"], "between 0 and 1"),
+        (["--label_smoothing_factor", "2"], "from 0 to below 1"),
     ],
 )
 def test_wrong_settings_are_explained(sft, flags, message, capsys):  # noqa: F811

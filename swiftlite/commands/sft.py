@@ -22,21 +22,28 @@ from swiftlite.options.resolve import as_json
 
 
 def main(options: Options) -> int:
-    """Train, in several processes where NPROC_PER_NODE says so; 0 when done or ended by SIGTERM after saving, 130 after Ctrl-C."""
-    from swiftlite.train import launch
+    """Train, in several processes where NPROC_PER_NODE says so; 0 when done or ended by SIGTERM, 130 after Ctrl-C."""
+    from swiftlite.train import interrupt, launch
 
     if processes := launch.wanted():
         return launch.launch(sys.argv[1:], processes)
-    return 130 if sft(options)["interrupted"] == signal.SIGINT else 0
+    # one of several dies at once: it may be waiting for the others where Python hears no signal
+    with contextlib.nullcontext() if "RANK" in os.environ else interrupt.starting():
+        try:
+            return 130 if sft(options)["interrupted"] == signal.SIGINT else 0
+        except interrupt.Terminated:
+            print(launch.NOT_BEGUN)
+            return 0
 
 
 def sft(options: Options) -> dict[str, Any]:
     """Train as the options say; returns the run's info: last_model_checkpoint, best_model_checkpoint, best_metric,
     global_step, train_time_s, tokens, memory_gb, run_dir, interrupted (signal number or None)."""
-    from swiftlite.train import flags
+    from swiftlite.train import deepspeed, flags
     from swiftlite.train.ranks import Ranks
 
     ranks = Ranks.here()
+    deepspeed.apply(options, ranks.world)
     resumed = Path(options.resume_from_checkpoint).resolve() if options.resume_from_checkpoint else None
     before = flags.read_resumed(options, resumed) if resumed else ({}, None, {})
     start_from = None if resumed else flags.start_from(options)
@@ -66,7 +73,8 @@ def _train(
     tokenizer = load_tokenizer(model_dir)
     template = Template.load(model_dir, tokenizer, name=options.template, system=options.system)
     max_length = _max_length(options, config)
-    rows = material.prepare(options, template, max_length, ranks.world)
+    planned_for = state["processes"] if resumed else ranks.world  # what a step holds stays, whoever computes it
+    rows = material.prepare(options, template, max_length, planned_for)
     samples, evaluation, plan = rows.samples, rows.evaluation, rows.plan
     total = plan.total_steps(options.num_train_epochs, options.max_steps)
     if resumed:
@@ -143,7 +151,7 @@ def _train(
     )
     if ranks.first:
         checkpoint.clean(run)
-        folder.write_args(run, args)
+        folder.begin(run, args)
 
     def collect() -> tuple[Callable[[Path], None], dict[str, Any]]:
         weights = build.weights(tuner, loss, ranks, sharded)
@@ -173,14 +181,14 @@ def _train(
     with contextlib.closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
         trainer = Trainer(
             model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, collect,
-            {"fingerprint": rows.fingerprint, "data": rows.table()}, ranks, generate, sharded,
+            {"fingerprint": rows.fingerprint, "data": rows.table(), "processes": planned_for}, ranks, generate, sharded,
             push.send if push is not None and options.hub_strategy == "every_save" else None,
         )  # fmt: skip
+        torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs between processes
         if resumed and tensors is not None:
-            trainer.restore(state, tensors)
+            trainer.restore(state, tensors, resumed)
             plan.resume(state)
             print(f"resumed at step {trainer.progress.step} of {total}")
-        torch.manual_seed(options.seed + 1 + ranks.rank) if not resumed else None  # dropout differs between processes
         ended = trainer.run()
         info = _info(trainer, run, ended, device)
         logbook.final({key: value for key, value in info.items() if key != "interrupted"})

@@ -35,11 +35,12 @@ class Place:
 
 
 def check(options: Options) -> None:
-    """UsageError for flags that need all rows at hand."""
+    """UsageError for flags that need all rows at hand. Sets the share of held-out rows to the 0 that it is."""
     if options.max_steps <= 0:
         raise UsageError("--streaming needs --max_steps", "a stream's length is not known before its end", "add e.g. --max_steps 1000")
     if options.given("split_dataset_ratio") and options.split_dataset_ratio > 0 and not options.val_dataset:
         raise UsageError("--streaming holds no rows out", "it would have to read all of them first", "pass --val_dataset FILE")
+    options.set("split_dataset_ratio", 0.0, "streaming")  # what happens is what the settings say
     if options.self_cognition_sample > 0:
         raise UsageError(
             "--streaming and --self_cognition_sample do not go together", fix="name it as a dataset: --dataset ... self-cognition"

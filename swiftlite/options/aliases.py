@@ -58,7 +58,6 @@ ALIASES: dict[str, str] = {
     "early_stopping_patience": "early_stop_interval",
     "gradient_accumulation": "gradient_accumulation_steps",
     "padding_free": "packing",
-    "deepspeed": "fsdp",
     "push_hub_strategy": "hub_strategy",
     # generation
     "max_tokens": "max_new_tokens",
@@ -86,13 +85,11 @@ VALUES: dict[str, dict[str, str]] = {
     "torch_dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32", "AUTO": "auto"},
     "infer_backend": {"AUTO": "auto", "pt": "native", "transformers": "native"},
     "target_modules": {"ALL": "all-linear", "DEFAULT": "all-linear", "AUTO": "all-linear"},
-    "report_to": {"all": "tensorboard"},
     "fsdp": {
+        **dict.fromkeys(("", "false", "False", "None"), "none"),
         "fsdp2": "full_shard",
         "full_shard auto_wrap": "full_shard",
         "shard_grad_op auto_wrap": "shard_grad_op",
-        "zero2": "shard_grad_op",
-        "zero3": "full_shard",
     },
     "hub_strategy": {
         "push_best": "end",

@@ -123,7 +123,7 @@ class TrainOptions:
         "--gradient_accumulation_steps is given"
     )  # fmt: skip
     per_device_eval_batch_size: int = opt(1, "rows a forward pass in evaluation")
-    gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default: about 16 rows a step")
+    gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default, also as auto: about 16 rows a step")
     packing: bool = opt(True, "fill every forward pass with whole rows up to its token budget; rows never see each other")
     learning_rate: float | None = opt(None, "peak learning rate; default 1e-4 for lora, 1e-5 for full")
     lr_scheduler_type: str = opt(
@@ -149,18 +149,22 @@ class TrainOptions:
     )  # fmt: skip
     logging_steps: int = opt(5, "log every so many steps")
     eval_steps: int | None = opt(None, "evaluate every so many steps; default: as --save_steps")
-    save_steps: int = opt(50, "save a checkpoint every so many steps; the last step is always saved")
-    save_total_limit: int | None = opt(2, "keep the best and the newest checkpoints, at most so many (unset: 2)")
-    early_stop_interval: int | None = opt(None, "stop after so many evaluations without a new best")
+    save_steps: int = opt(50, "save a checkpoint every so many steps; the last step and every new best are always saved")
+    save_total_limit: int | None = opt(2, "keep so many of this run's checkpoints; the newest and the best always stay (unset: 2)")
+    early_stop_interval: int | None = opt(None, "stop after so many evaluations without a new best; needs evaluation rows")
     create_checkpoint_symlink: bool = opt(False, "name the best and the last checkpoint `best` and `last` in the run's folder")
     save_only_model: bool = opt(False, "leave out the optimizer's state (no resuming)")
     resume_from_checkpoint: str | None = opt(None, "checkpoint-N to go on from: weights, optimizer, data order, random state")
     fsdp: str | None = opt(
         None, "each of several processes (NPROC_PER_NODE) holds a share of the model: full_shard, or shard_grad_op, which is faster but "
-        "holds the whole model from the forward to the backward pass. --deepspeed zero3 and zero2 mean these: torch does the work, "
-        "DeepSpeed is not needed and its configuration files are not read", ("full_shard", "shard_grad_op"),
+        "holds the whole model from the forward to the backward pass; none, also in resuming: the whole model in each",
+        ("full_shard", "shard_grad_op"),
     )  # fmt: skip
-    report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), or none")
+    deepspeed: str | None = opt(
+        None, "what DeepSpeed calls it: zero3 and zero2 are --fsdp full_shard and shard_grad_op, zero1 and zero0 shard nothing; a JSON "
+        "file is read into flags, what cannot be done is refused. torch does the work, DeepSpeed is not needed"
+    )  # fmt: skip
+    report_to: tuple[str, ...] = opt(("tensorboard",), "tensorboard, wandb, swanlab (several allowed), all that are installed, or none")
     seed: int = opt(42, "seed of initialisation and dropout")
 
 

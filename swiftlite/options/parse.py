@@ -87,6 +87,19 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
+def _reader(flag: Flag) -> Callable[[str], Any]:
+    """Reads one value; a number that is ours to choose may be left to us by name, `auto`."""
+    kind = boolean if flag.kind is bool else flag.kind
+    if not flag.optional or kind is str:
+        return kind
+
+    def read(text: str) -> Any:
+        return text if text == "auto" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse's message says it
+    return read
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{self.prog}: {message}", fix=f"{self.prog} --help lists the flags")
@@ -156,11 +169,11 @@ def build_parser(command: str, flags: dict[str, Flag]) -> argparse.ArgumentParse
             shown = "" if flag.default in (None, (), "") else f" [{str(default).lower() if flag.kind is bool else default}]"
             kwargs: dict[str, Any] = {"help": (flag.help + shown).replace("%", "%%"), "dest": flag.name}
             if flag.kind is bool:
-                kwargs |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+                kwargs |= {"type": _reader(flag), "nargs": "?", "const": True, "metavar": "true|false"}
             else:
-                kwargs |= {"type": flag.kind, "metavar": flag.name.rsplit("_", 1)[-1].upper()}
+                kwargs |= {"type": _reader(flag), "metavar": flag.name.rsplit("_", 1)[-1].upper()}
                 if flag.choices:
-                    kwargs |= {"choices": flag.choices, "metavar": "|".join(flag.choices)}
+                    kwargs |= {"choices": (*flag.choices, "none") if flag.optional else flag.choices, "metavar": "|".join(flag.choices)}
                 if flag.many:
                     kwargs |= {"nargs": "*", "action": "extend"}
             group.add_argument(f"--{flag.name}", **kwargs)
@@ -229,9 +242,13 @@ def parse(command: str, argv: list[str]) -> Options:
         except argparse.ArgumentError as error:
             raise UsageError(f"swift {command}: {error}") from None
         for name, value in found.items():
-            if flags[name].many:
+            flag = flags[name]
+            if flag.many:
                 value = tuple(part for item in value for part in _split(name, item))
-            values[name], origins[name] = value, origin
+            if value == "none" and flag.choices:
+                value = None
+            left_out = value == "auto" and flag.kind is not str
+            values[name], origins[name] = (flag.default, "default") if left_out else (value, origin)
     return Options(command, values, origins)
 
 

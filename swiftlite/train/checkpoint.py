@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swiftlite.disk import mount
 from swiftlite.errors import CheckpointError
 
 STATE, TENSORS = "trainer_state.json", "trainer_state.pt"
@@ -53,7 +54,7 @@ def write(run: Path, step: int, state: dict[str, Any], tensors: dict[str, Any] |
             raise CheckpointError(
                 f"cannot write {final}",
                 str(error).splitlines()[0],
-                f"make room on {run.resolve().anchor}, then go on from the last checkpoint",
+                f"make room on {mount(run)}, then go on from the last checkpoint",
             ) from error
         raise
     return final
@@ -101,27 +102,31 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return state, torch.load(path / TENSORS, map_location="cpu", weights_only=True)
 
 
-def rotate(run: Path, limit: int, best: str | None) -> None:
-    """Keep the newest checkpoint, the best one, and as many more new ones as make `limit`."""
-    found = sorted((p for p in run.glob("checkpoint-*") if step_of(p) >= 0), key=step_of)
-    keep = {found[-1]} if found else set()
-    if best is not None and limit > 1:
-        keep |= {p for p in found if p.name == Path(best).name}
-    for path in reversed(found):
+def rotate(run: Path, own: list[str], limit: int, best: str | None) -> list[str]:
+    """Delete the oldest of `own` (names in the order written) until `limit` are left; returns those.
+
+    The newest and `best` stay whatever the limit. Others in the folder are not looked at: another run's result may be there.
+    """
+    keep = {own[-1]} | {name for name in own if best is not None and run / name == Path(best)}
+    for name in reversed(own):
         if len(keep) >= limit:
             break
-        keep.add(path)
-    for path in found:
-        if path not in keep:
-            remove(path)
+        keep.add(name)
+    for name in own:
+        if name not in keep and (run / name).is_dir():
+            remove(run / name)
+    return [name for name in own if name in keep]
 
 
 def link(run: Path, name: str, target: Path) -> None:
-    """run/<name> -> target, in one step."""
+    """run/<name> -> target, in one step; relative, so that the folder may be moved. Where there can be no links, that is said."""
     aside = run / f".{name}.{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target.name)
-    os.replace(aside, run / name)
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.path.relpath(target, run))
+        os.replace(aside, run / name)
+    except OSError as error:
+        print(f"note: no link {run / name}: {error.strerror}")
 
 
 def _sync(path: Path) -> None:

@@ -5,7 +5,6 @@ Nothing heavy is imported or written here, so a wrong command line is answered a
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -54,31 +53,24 @@ def check(options: Options) -> Path:
     from swiftlite.chat import scales
     from swiftlite.data import stream
     from swiftlite.hub import resolve_model
-    from swiftlite.train import reporters
+    from swiftlite.train import ranges, reporters
 
     name = options.model or options.model_type
     if not name:
         raise UsageError("swift sft: which model?", fix="pass --model DIRECTORY (or a hub id, or tiny-chat)")
     if not options.dataset and not options.self_cognition_sample:
         raise UsageError("swift sft: which data?", fix="pass --dataset FILE.jsonl (or --self_cognition_sample N)")
+    if "all" in options.report_to:
+        options.set("report_to", reporters.installed(), options.origins["report_to"])
     reporters.check(options.report_to)
     scales.parse(options.loss_scale)
     if options.streaming:
         stream.check(options)
     if options.fsdp is not None:
         _check_fsdp(options)
-    positive = (
-        "logging_steps", "save_steps", "eval_steps", "per_device_eval_batch_size", "save_total_limit", "max_length", "early_stop_interval",
-        "eval_limit", "max_new_tokens",
-    )  # fmt: skip
-    for flag in positive:
-        value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise UsageError(f"--{flag} must be at least 1, got {value}")
+    ranges.check(options)
     if options.max_steps <= 0 and options.num_train_epochs <= 0:
         raise UsageError("nothing to do: --num_train_epochs must be above 0")
-    if options.learning_rate is not None and not (0 <= options.learning_rate < math.inf):
-        raise UsageError(f"--learning_rate must be a number from 0 up, got {options.learning_rate}")
     if options.quant_bits not in (0, 4, 8):
         raise UsageError(f"--quant_bits must be 4 or 8 in training, got {options.quant_bits}")
     if options.optim == "adamw_8bit" or options.quant_bits:
@@ -90,34 +82,40 @@ def check(options: Options) -> Path:
     for flag in lora_only if options.tuner_type == "full" else full_only:
         if getattr(options, flag) != flags_of("sft")[flag].default:
             raise UsageError(f"--{flag} has no meaning with --tuner_type {options.tuner_type}", fix="leave it out")
-    for flag in ("label_smoothing_factor", "min_lr_rate", "wsd_decay_ratio"):
-        if not 0 <= getattr(options, flag) <= 1:
-            raise UsageError(f"--{flag} must lie between 0 and 1, got {getattr(options, flag)}")
+    adapters = ("target_modules", "modules_to_save", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora")
+    idle = [f"--{flag}" for flag in adapters if options.given(flag)]
+    if idle and options.tuner_type == "full":
+        print(f"note: {', '.join(idle)}: without effect with --tuner_type full, which trains no adapter")
     if options.metric_for_best_model in ("exact_match", "rouge-l") and not options.predict_with_generate:
         raise UsageError(
             f"--metric_for_best_model {options.metric_for_best_model} needs answers", fix="add --predict_with_generate true"
         )  # fmt: skip
     if options.torch_compile and (options.predict_with_generate or options.sample_answers):
         raise UsageError("--torch_compile compiles layers for training, the engine could not answer with them", fix="leave one out")
-    if options.predict_with_generate and options.fsdp:
-        raise UsageError("--predict_with_generate cannot run with --fsdp", "the engine needs the whole model in a process", "leave one out")
-    if options.sample_answers is not None and options.sample_answers < 0:
-        raise UsageError(f"--sample_answers must not be negative, got {options.sample_answers}")
-    if not 0 <= options.lora_dropout < 1:
-        raise UsageError(f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}")
     return resolve_model(name, options.model_revision, options.use_hf)
 
 
 def _check_fsdp(options: Options) -> None:
     """UsageError for what cannot be sharded."""
+    origin = options.origins["fsdp"]
+    asked = origin if origin.startswith("--deepspeed") else "--fsdp"
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UsageError("--fsdp needs several processes to share the model", "this is one", "set NPROC_PER_NODE, or leave --fsdp out")
+        none = asked.split()[0] + " none"
+        raise UsageError(f"{asked} needs several processes to share the model", "this is one", f"set NPROC_PER_NODE, or use {none}")
     if options.torch_compile:
-        raise UsageError("--torch_compile cannot run with --fsdp", "sharded layers change their parameters in every pass", "leave one out")
+        raise UsageError(
+            f"--torch_compile cannot run with {asked}", "sharded layers change their parameters in every pass", "leave one out"
+        )
     if options.optim not in ("adamw", "sgd"):
-        raise UsageError(f"--optim {options.optim} looks at whole matrices, --fsdp leaves a share", fix="use --optim adamw or sgd")
+        raise UsageError(f"--optim {options.optim} looks at whole matrices, {asked} leaves a share", fix="use --optim adamw or sgd")
     if options.sample_answers:
-        raise UsageError("--sample_answers cannot run with --fsdp", "the engine needs the whole model in a process", "leave one out")
+        raise UsageError(f"--sample_answers cannot run with {asked}", "the engine needs the whole model in a process", "leave one out")
+    if options.predict_with_generate:
+        raise UsageError(
+            f"--predict_with_generate cannot run with {asked}", "the engine needs the whole model in a process", "leave one out"
+        )  # fmt: skip
     peft = options.use_dora or options.lora_bias != "none" or options.init_weights != "true" or "all-embedding" in options.target_modules
     if peft or options.quant_bits:
-        raise UsageError("--fsdp shards plain LoRA and full training", fix="leave out --fsdp, or the flags that ask for another adapter")
+        raise UsageError(
+            f"{asked} shards plain LoRA and full training", fix=f"leave out {asked}, or the flags that ask for another adapter"
+        )  # fmt: skip

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from swiftlite.disk import mount
 from swiftlite.errors import CheckpointError
 
 
@@ -30,6 +31,14 @@ def create(output_dir: str, name: str, add_version: bool) -> Path:
             return run.resolve()
     except OSError as error:
         raise CheckpointError(f"cannot make a folder in {parent}", str(error), "pass another --output_dir") from None
+
+
+def begin(run: Path, args: dict[str, Any]) -> None:
+    """Write down a run's settings. CheckpointError when nothing can be written there."""
+    try:
+        write_args(run, args)
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {run}", str(error), f"make room on {mount(run)}, or pass another --output_dir") from None
 
 
 def write_args(directory: Path, args: dict[str, Any]) -> None:

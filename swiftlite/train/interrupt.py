@@ -1,11 +1,37 @@
-"""Ctrl-C and SIGTERM as a wish that the loop grants at the next safe point. A second Ctrl-C does not wait."""
+"""Ctrl-C and SIGTERM as a wish that the loop grants at the next safe point. A second Ctrl-C does not wait.
+
+Before the loop there is nothing to save: SIGTERM then ends the command as an exception would, so that what is half written goes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+
+class Terminated(BaseException):
+    """SIGTERM before training began."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Within, until an Interrupt takes over: SIGTERM raises Terminated. Does nothing outside the main thread (Python's rule)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Interrupt:
@@ -22,7 +48,7 @@ class Interrupt:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is _terminate else handler)  # training has begun, and is over
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:

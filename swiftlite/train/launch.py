@@ -19,6 +19,7 @@ from typing import IO
 
 from swiftlite.errors import TrainError, UsageError
 
+NOT_BEGUN = "stopped before training began; nothing was to be saved"
 GRACE = 10.0  # seconds for the first process to explain itself after another has failed
 
 
@@ -43,9 +44,11 @@ def launch(argv: list[str], processes: int, environment: Mapping[str, str] = os.
     }  # fmt: skip
     print(f"{processes} processes" + (f" on machine {machine} of {machines}" if machines > 1 else ""), flush=True)
     running: list[subprocess.Popen[bytes]] = []
+    told: list[int] = []  # signals passed on
     with tempfile.TemporaryFile() as errors:  # of all but the first: most say the same
 
         def forward(number: int, frame: FrameType | None) -> None:
+            told.append(number)
             for process in running:
                 if process.poll() is None:
                     process.send_signal(number)
@@ -61,7 +64,7 @@ def launch(argv: list[str], processes: int, environment: Mapping[str, str] = os.
                         stderr=errors if local else None,
                     )
                 )  # fmt: skip
-            return _wait(running, errors)
+            return _wait(running, errors, told)
         finally:
             for process in running:
                 if process.poll() is None:
@@ -71,9 +74,12 @@ def launch(argv: list[str], processes: int, environment: Mapping[str, str] = os.
                 signal.signal(number, handler)
 
 
-def _wait(running: list[subprocess.Popen[bytes]], errors: IO[bytes]) -> int:
+def _wait(running: list[subprocess.Popen[bytes]], errors: IO[bytes], told: list[int]) -> int:
     while True:
         codes = [process.poll() for process in running]
+        if signal.SIGTERM in told and -signal.SIGTERM in codes:  # the loop would have caught it
+            print("stopped before training began or after it ended; nothing was to be saved")
+            return 0
         if all(code is not None for code in codes):
             return next((_exit_code(code) for code in codes if code), 0)
         failed = [number for number, code in enumerate(codes) if code]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from swiftlite.disk import mount
+from swiftlite.errors import CheckpointError
 from swiftlite.train import reporters
 
 
@@ -18,15 +22,19 @@ def duration(seconds: float) -> str:
 
 
 class Logbook:
-    """Writes each row everywhere it belongs. `history` are the rows of a resumed run up to its checkpoint."""
+    """Writes each row everywhere it belongs. `history` are the rows of a resumed run up to its checkpoint.
+
+    A row that cannot be written ends no run: checkpoints hold the rows too, and the file is made whole when that works again.
+    CheckpointError when not even the first row's file can be made.
+    """
 
     def __init__(self, run: Path, total_steps: int, history: list[dict[str, Any]], report_to: tuple[str, ...]) -> None:
-        self.rows, self.total = list(history), total_steps
-        path = run / "logging.jsonl"
-        aside = run / ".logging.jsonl"
-        aside.write_text("".join(_line(row) for row in history), encoding="utf-8")
-        os.replace(aside, path)
-        self.file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.rows, self.total, self.ended = list(history), total_steps, ""
+        self.path, self.behind = run / "logging.jsonl", False
+        try:
+            self.file = self._whole()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}", str(error), f"make room on {mount(run)}") from None
         self.reporters = reporters.start(report_to, run, history[-1]["global_step"] if history else 0)
         self.progress = _rich(total_steps) if sys.stdout.isatty() else None
 
@@ -60,29 +68,64 @@ class Logbook:
 
     def final(self, row: dict[str, Any]) -> None:
         """The run's last row: what came out."""
-        self.file.write(_line(row))
+        self.ended = _line(row)
+        self._put(self.ended)
 
     def close(self) -> None:
         if self.progress is not None:
             self.progress[0].stop()
         for reporter in self.reporters:
-            reporter.close()
-        self.file.close()
+            self._tell(reporter, reporter.close)
+        with contextlib.suppress(OSError):  # what it still holds was said to be missing
+            self.file.close()
 
     def _write(self, row: dict[str, Any], kind: str) -> None:
         self.rows.append(row)
-        self.file.write(_line(row))
-        self.file.flush()
+        self._put(_line(row))
         values = {f"{kind}/{key.removeprefix('eval_')}": value for key, value in row.items() if key != "global_step"}
-        for reporter in self.reporters:
-            reporter.log(values, row["global_step"])
+        self.reporters = [one for one in self.reporters if self._tell(one, one.log, values, row["global_step"])]
+
+    def _whole(self) -> TextIO:
+        """Write all rows anew; the file, open for more."""
+        aside = self.path.with_name(".logging.jsonl")
+        try:
+            aside.write_text("".join(map(_line, self.rows)) + self.ended, encoding="utf-8")
+            os.replace(aside, self.path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return open(self.path, "a", encoding="utf-8")
+
+    def _put(self, line: str) -> None:
+        """Append a line, or after a failure all of them: of the one that failed, a part may be there."""
+        try:
+            if self.behind:
+                with contextlib.suppress(OSError):
+                    self.file.close()
+                self.file = self._whole()
+            else:
+                self.file.write(line)
+                self.file.flush()
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                self.say(f"note: {self.path} lacks rows: {error.strerror} (make room on {mount(self.path)}); training goes on")
+            self.behind = True
+
+    def _tell(self, reporter: reporters.Reporter, call: Callable[..., Any], *arguments: Any) -> bool:
+        """False, and a note, when the reporter failed: then it is left out from there on."""
+        try:
+            call(*arguments)
+        except Exception as error:  # each has its own tree of disk and network errors
+            self.say(f"note: {reporter.name} fails and gets no more rows: {type(error).__name__}: {str(error).splitlines()[0]}")
+            return False
+        return True
 
 
 class Silent(Logbook):
     """That of a process that writes nothing: it only remembers."""
 
     def __init__(self, total_steps: int, history: list[dict[str, Any]]) -> None:
-        self.rows, self.total = list(history), total_steps
+        self.rows, self.total, self.ended, self.path, self.behind = list(history), total_steps, "", Path(os.devnull), False
         self.file = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.reporters, self.progress = [], None
 

@@ -32,6 +32,7 @@ from swiftlite.train.log import Logbook
 from swiftlite.train.loss import TargetLoss
 from swiftlite.train.optimizers import OptimizerSettings, build
 from swiftlite.train.plan import Plan, Schedule
+from swiftlite.train.progress import Progress
 from swiftlite.train.ranks import Ranks
 from swiftlite.train.streaming import StreamPlan
 
@@ -61,19 +62,6 @@ class LoopSettings:
     patience: int | None = None  # evaluations without a new best that end the run
     symlinks: bool = False
     best_metric: str = "eval_loss"  # of an evaluation's row; lower is better for eval_loss, higher for every other
-
-
-@dataclass
-class Progress:
-    """Where a run stands; part of every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_metric: float | None = None
-    without_best: int = 0  # evaluations since the best one
-    best_model_checkpoint: str | None = None
-    last_model_checkpoint: str | None = None
 
 
 class Trainer:
@@ -128,32 +116,34 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
 
-    def restore(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
-        """Stand where a checkpoint stood; the weights are the caller's. CheckpointError when it trained other parameters."""
+    def restore(self, state: dict[str, Any], tensors: dict[str, Any], path: Path) -> None:
+        """Stand where the checkpoint at `path` stood; the weights are the caller's. CheckpointError when it trained other
+        parameters."""
         if tensors["names"] != [name for name, _ in self.named]:  # the optimizer's state goes by position
             raise CheckpointError("cannot resume: the checkpoint trained other parameters than this run would", "the model differs")
-        self.progress = Progress(**state["progress"])
+        self.progress = self.ranks.agree(Progress.resumed(state, path, self.folder))
         state_dict = tensors["optimizer"]
         if self.sharded:
             from swiftlite.train.shard import share_state
 
             state_dict = share_state(self.optimizer, state_dict)
         self.optimizer.load_state_dict(state_dict)
-        self._set_random_state(tensors["random"][self.ranks.rank])
+        if self.ranks.rank < len(tensors["random"]):  # else there were fewer processes
+            self._set_random_state(tensors["random"][self.ranks.rank])
         window = tensors["window"]
         self.nll, self.hits = window["nll"].to(self.device), window["hits"].to(self.device)
         self.targets, self.tokens = window["targets"], window["tokens"]
 
     def save(self) -> Path:
-        """Write checkpoint-<step> and delete what --save_total_limit no longer keeps."""
+        """Write checkpoint-<step> and delete what of this run --save_total_limit no longer keeps."""
         started = time.perf_counter()
         settings = self.settings
         content = None
         random = self.ranks.gather(self._random_state())
         write, more = self.collect()
         optimizer = None if settings.save_only_model else self._optimizer_state()
-        final = self.folder / f"checkpoint-{self.progress.step}"
-        self.progress.last_model_checkpoint = str(final)
+        final = self._place()
+        self.progress.wrote(final)
         if not self.ranks.first:
             return final
         if optimizer is not None:
@@ -167,20 +157,25 @@ class Trainer:
             }
         state = {
             **self.extra_state, **self.plan.state(),
-            "processes": self.ranks.world, "global_step": self.progress.step, "epoch": self._epoch(),
+            "global_step": self.progress.step, "epoch": self._epoch(),
             "total_steps": self.schedule.total,
             "progress": vars(self.progress), "log_history": self.logbook.rows,
         }  # fmt: skip
         checkpoint.write(self.folder, self.progress.step, state, content, write)
-        checkpoint.rotate(self.folder, settings.save_total_limit, self.progress.best_model_checkpoint)
+        best = self.progress.best_model_checkpoint
+        self.progress.kept = checkpoint.rotate(self.folder, self.progress.kept, settings.save_total_limit, best)
         if settings.symlinks:
             checkpoint.link(self.folder, "last", final)
-            if self.progress.best_model_checkpoint is not None:
-                checkpoint.link(self.folder, "best", Path(self.progress.best_model_checkpoint))
+            if best is not None:
+                checkpoint.link(self.folder, "best", Path(best))
         self.logbook.say(f"saved {final} ({time.perf_counter() - started:.1f} s)")
         if self.saved is not None:
             self.saved(final)
         return final
+
+    def _place(self) -> Path:
+        """Where the checkpoint of the step that was just done belongs."""
+        return self.folder / f"checkpoint-{self.progress.step}"
 
     def _optimizer_state(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
@@ -225,10 +220,8 @@ class Trainer:
                     if self.evaluation and (step % settings.eval_steps == 0 or step == total):
                         better = self._evaluate(stop)
                     enough = settings.patience is not None and self.progress.without_best >= settings.patience
-                    if step % settings.save_steps == 0 or step == total or enough or self._stopping(stop):
+                    if step % settings.save_steps == 0 or step == total or better or enough or self._stopping(stop):
                         self._check_finite(norm)
-                        if better:
-                            self.progress.best_model_checkpoint = str(self.folder / f"checkpoint-{step}")
                         self.save()
                     if stopping := self._stopping(stop):
                         return stopping if step < total else None
@@ -236,7 +229,7 @@ class Trainer:
                         count = self.progress.without_best
                         self.logbook.say(f"stopping early: {count} evaluations without a better {settings.best_metric}")
                         return None
-                saved = self.progress.last_model_checkpoint == str(self.folder / f"checkpoint-{self.progress.step}")
+                saved = self.progress.last_model_checkpoint == str(self._place())
                 if self._stopping(stop) and self.progress.step > 0 and not saved:
                     self.save()
                 return self._stopping(stop)
@@ -333,12 +326,8 @@ class Trainer:
             return False
         self.logbook.evaluation({**values, "epoch": self._epoch(), "global_step": self.progress.step})
         self.row_time = time.perf_counter()
-        value, best = values[self.settings.best_metric], self.progress.best_metric
-        better = best is None or (value < best if self.settings.best_metric == "eval_loss" else value > best)
-        self.progress.without_best = 0 if better else self.progress.without_best + 1
-        if better:
-            self.progress.best_metric = value
-        return better
+        metric = self.settings.best_metric
+        return self.progress.judge(values[metric], metric == "eval_loss", self._place())
 
     # -- checks --------------------------------------------------------------------------------------------------------
 

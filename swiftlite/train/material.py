@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from swiftlite.chat.template import Template
-from swiftlite.errors import DataError
+from swiftlite.errors import DataError, UsageError
 from swiftlite.options.parse import Options
 from swiftlite.train.plan import PASS_TOKENS, ROWS_A_STEP, Plan, rows_a_pass
 from swiftlite.train.streaming import StreamPlan
@@ -32,8 +32,14 @@ class Material:
 
 
 def prepare(options: Options, template: Template, max_length: int, ranks: int) -> Material:
-    """Read and encode. DataError when nothing is left to train on."""
-    return _stream(options, template, max_length, ranks) if options.streaming else _whole(options, template, max_length, ranks)
+    """Read and encode. DataError when nothing is left to train on; UsageError when a flag needs evaluation rows and none are there."""
+    found = _stream(options, template, max_length, ranks) if options.streaming else _whole(options, template, max_length, ranks)
+    if options.early_stop_interval is not None and not found.evaluation:
+        raise UsageError(
+            f"--early_stop_interval {options.early_stop_interval} needs evaluation rows", "there are none, so it would never stop early",
+            "pass --val_dataset FILE" + ("" if options.streaming else ", or a larger --split_dataset_ratio"),
+        )  # fmt: skip
+    return found
 
 
 def _whole(options: Options, template: Template, max_length: int, ranks: int) -> Material:

@@ -32,7 +32,15 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """One PNG per curve that the rows hold."""
+    """One PNG per curve that the rows hold; where they cannot be written, that is said: the run itself is whole by then."""
+    try:
+        return _draw(rows, folder)
+    except OSError as error:
+        print(f"note: no curves in {folder}: {error.strerror}")
+        return []
+
+
+def _draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,22 +17,32 @@ FREE = (
     "create_checkpoint_symlink", "torch_compile", "fsdp", "num_train_epochs", "max_steps", "eval_limit", "max_new_tokens", "sample_answers",
     "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy",
 )  # fmt: skip
-OWN = ("resume_from_checkpoint", "output_dir", "add_version", "ckpt_dir", "adapters", "merge_lora", "load_args", "load_dataset_config")
+OWN = (
+    "resume_from_checkpoint",
+    "deepspeed",
+    "output_dir",
+    "add_version",
+    "ckpt_dir",
+    "adapters",
+    "merge_lora",
+    "load_args",
+    "load_dataset_config",
+)
 
 
 def take_over(options: Options, checkpoint: Path) -> dict[str, Any]:
     """Set every flag that the user left out to the checkpoint's value; returns the saved settings.
 
-    CheckpointError when a flag that matters was given another value.
+    One that was left out then too still counts as not given. CheckpointError when a flag that matters was given another value.
     """
     saved = read_args(checkpoint)
-    flags, changed = flags_of(options.command), []
+    flags, changed, given = flags_of(options.command), [], saved.get("origins", {})
     for name, flag in flags.items():
         if name in OWN or name not in saved:
             continue
         value = tuple(saved[name]) if flag.many and saved[name] is not None else saved[name]
         if not options.given(name):
-            options.set(name, value, str(checkpoint))
+            options.set(name, value, str(checkpoint) if name in given else "default")
         elif options.values[name] != value and name not in FREE:
             changed.append(f"--{name} {options.values[name]} (it was {value})")
     if changed:
@@ -45,13 +55,7 @@ def take_over(options: Options, checkpoint: Path) -> dict[str, Any]:
 
 
 def check_fit(state: dict[str, Any], checkpoint: Path, fingerprint: str, total: int, processes: int = 1) -> None:
-    """CheckpointError when the data or the number of processes changed, or there is nothing left to do."""
-    if state["processes"] != processes:
-        raise CheckpointError(
-            f"cannot resume {checkpoint} with {processes} process{'es' if processes > 1 else ''}",
-            f"it was trained with {state['processes']}, which decides what a step holds",
-            "set NPROC_PER_NODE and NNODES as they were, or start anew from its weights with --adapters or --model",
-        )
+    """CheckpointError when the data changed, or there is nothing left to do."""
     if state["fingerprint"] != fingerprint:
         raise CheckpointError(
             f"cannot resume {checkpoint}: the encoded training rows differ from that run's",
@@ -65,3 +69,5 @@ def check_fit(state: dict[str, Any], checkpoint: Path, fingerprint: str, total: 
         )
     if state["total_steps"] != total:
         print(f"note: {total} steps instead of {state['total_steps']}: the learning rate follows the longer schedule from here on")
+    if state["processes"] != processes:
+        print(f"note: processes: {processes}, before: {state['processes']}. Steps hold the same rows; dropout draws other numbers")
