@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import shutil
 from pathlib import Path
 
+import kernel_builds
 import pytest
 import torch
 from conftest import FAMILIES
@@ -54,17 +54,21 @@ def test_equals_the_textbook_and_torch(geometry: str, window: int | None, softca
     torch.testing.assert_close(out, reference, **({"rtol": 2e-5, "atol": 2e-5} if exact else {"rtol": 3e-2, "atol": 3e-2}))
 
 
-AVX2 = ("-mavx2", "-mfma") if platform.machine() == "x86_64" else ()
-
-
-@pytest.fixture(scope="module")
-def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library as a machine without AVX-512 builds it."""
-    return native.build(tmp_path_factory.mktemp("kernels"), AVX2)
+@pytest.fixture(scope="module", params=kernel_builds.RUN)
+def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library as a machine with fewer instructions builds it."""
+    return native.build(tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param])
 
 
 @needs_compiler
-def test_without_avx512_the_results_are_the_same(older: Path) -> None:
+@pytest.mark.skipif(not kernel_builds.X86, reason="flags of x86 compilers")
+@pytest.mark.parametrize("name", kernel_builds.COMPILE)
+def test_every_generation_of_cpus_can_build_the_kernels(name: str, tmp_path: Path) -> None:
+    assert native.build(tmp_path, kernel_builds.COMPILE[name]).is_file()
+
+
+@needs_compiler
+def test_with_fewer_instructions_the_results_are_the_same(older: Path) -> None:
     library = ctypes.CDLL(str(older))
     for dtype in (torch.float32, torch.bfloat16):
         for window, softcap in ((None, None), (40, 5.0)):
@@ -119,10 +123,11 @@ def test_a_model_gives_the_same_tokens_with_and_without_kernels(family: str, mak
 
 
 @needs_compiler
-def test_built_once_and_found_again(older: Path) -> None:
-    stamp = older.stat().st_mtime_ns
-    assert native.build(older.parent, AVX2) == older and older.stat().st_mtime_ns == stamp
-    assert os.listdir(older.parent) == [older.name]  # nothing else is left behind
+def test_built_once_and_found_again(tmp_path: Path) -> None:
+    first = native.build(tmp_path, kernel_builds.AVX2)
+    stamp = first.stat().st_mtime_ns
+    assert native.build(tmp_path, kernel_builds.AVX2) == first and first.stat().st_mtime_ns == stamp
+    assert os.listdir(tmp_path) == [first.name]  # nothing else is left behind
 
 
 def test_without_a_compiler_torch_takes_over(monkeypatch, capsys, make_model) -> None:

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import ctypes
+
+import kernel_builds
 import pytest
 import torch
 
-from swiftlite.engine.native import load_library
+from swiftlite.engine.native import build, load_library
 from swiftlite.engine.panels import Panels, PanelWeight, choose_pack
 from swiftlite.models.packed import OneDnnWeight
 
 library = load_library()
-panels = None if library is None else Panels(library)
-pytestmark = pytest.mark.skipif(panels is None or not panels.size(1, 2), reason="needs a compiler and a CPU with AVX512-BF16")
+pytestmark = pytest.mark.skipif(library is None or not Panels(library).size(1, 2), reason="needs a compiler and a CPU with AVX512-BF16")
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 7, 12, 13, 24, 31, 100, 300])
-@pytest.mark.parametrize(("n", "k"), [(1, 2), (31, 8), (32, 64), (47, 130), (50, 1026), (256, 4096)])
+@pytest.fixture(scope="module", params=["here", *(name for name in kernel_builds.RUN if name != "avx2")])
+def panels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Panels:
+    """This machine's product, and on one with a matrix unit also that of the vectors."""
+    if request.param == "here":
+        return Panels(library)  # type: ignore[arg-type]
+    return Panels(ctypes.CDLL(str(build(tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 12, 13, 24, 31, 33, 100, 300])
+@pytest.mark.parametrize(("n", "k"), [(1, 2), (31, 8), (32, 64), (47, 130), (50, 1026), (256, 4096), (70, 320)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_equals_double_precision(rows: int, n: int, k: int, bias: bool) -> None:
+def test_equals_double_precision(panels: Panels, rows: int, n: int, k: int, bias: bool) -> None:
     torch.manual_seed(rows + n + k)
     weight, x = torch.randn(n, k).bfloat16(), torch.randn(1, rows, k).bfloat16()
     add = torch.randn(n).bfloat16() if bias else None
-    ours = PanelWeight(panels, weight).multiply(x, add)  # type: ignore[arg-type]
+    ours = PanelWeight(panels, weight).multiply(x, add)
     wanted = x.double() @ weight.double().T + (0 if add is None else add.double())
     assert ours.shape == (1, rows, n)
     torch.testing.assert_close(ours.double(), wanted, rtol=2**-7, atol=1e-4 * k**0.5)
 
 
-def test_rows_may_be_strided() -> None:
+def test_rows_may_be_strided(panels: Panels) -> None:
     whole = torch.randn(2, 9, 96).bfloat16()
-    weight = PanelWeight(panels, torch.randn(40, 32).bfloat16())  # type: ignore[arg-type]
+    weight = PanelWeight(panels, torch.randn(40, 32).bfloat16())
     for x in (whole[:1, :, 32:64], whole[:, :, :32], whole[0, :, 64:], whole[:1].transpose(1, 2)[:, :9, :9].repeat(1, 1, 4)[..., :32]):
         torch.testing.assert_close(weight.multiply(x, None), weight.multiply(x.contiguous(), None), rtol=0, atol=0)
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    weight, x = PanelWeight(panels, torch.randn(500, 512).bfloat16()), torch.randn(1, 33, 512).bfloat16()  # type: ignore[arg-type]
+def test_threads_do_not_change_a_bit(panels: Panels) -> None:
+    weight, x = PanelWeight(panels, torch.randn(500, 512).bfloat16()), torch.randn(1, 33, 512).bfloat16()
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -46,18 +56,18 @@ def test_threads_do_not_change_a_bit() -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_rows_do_not_change_each_other() -> None:
+def test_rows_do_not_change_each_other(panels: Panels) -> None:
     """A row's product is the same to the bit in any batch: what a request says does not depend on its neighbours."""
-    weight, x = PanelWeight(panels, torch.randn(96, 256).bfloat16()), torch.randn(1, 40, 256).bfloat16()  # type: ignore[arg-type]
+    weight, x = PanelWeight(panels, torch.randn(96, 256).bfloat16()), torch.randn(1, 40, 256).bfloat16()
     whole = weight.multiply(x, None)
     for row in (0, 11, 12, 39):
         assert torch.equal(weight.multiply(x[:, row : row + 1], None)[0, 0], whole[0, row])
 
 
-def test_the_way_back() -> None:
+def test_the_way_back(panels: Panels) -> None:
     for n, k in ((1, 2), (45, 130), (64, 64)):
         weight = torch.randn(n, k).bfloat16()
-        assert torch.equal(PanelWeight(panels, weight).to_dense(), weight)  # type: ignore[arg-type]
+        assert torch.equal(PanelWeight(panels, weight).to_dense(), weight)
 
 
 def test_what_has_no_panels_goes_to_onednn() -> None:

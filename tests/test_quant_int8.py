@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-import platform
 from pathlib import Path
 
+import kernel_builds
 import pytest
 import torch
 
@@ -24,17 +24,16 @@ SHAPES = [(1, 2), (31, 8), (33, 64), (47, 130), (64, 1026), (2100, 96)]
 INT8 = EngineConfig(quantization="int8")
 
 
-@pytest.fixture(scope="module", params=["kernel", "avx2", "torch"])
+@pytest.fixture(scope="module", params=["kernel", *kernel_builds.RUN, "torch"])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels | None:
-    """The kernels of this machine, those of one without AVX-512, and none."""
+    """The kernels of this machine, those of one with fewer instructions, and none."""
     if request.param == "torch":
         return None
     if HERE is None:
         pytest.skip("needs a C++ compiler")
     if request.param == "kernel":
         return Kernels(HERE)
-    target = ("-mavx2", "-mfma") if platform.machine() == "x86_64" else ()
-    return Kernels(ctypes.CDLL(str(native.build(tmp_path_factory.mktemp("kernels"), target))))
+    return Kernels(ctypes.CDLL(str(native.build(tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
 
 
 def make(kernels: Kernels | None, n: int, k: int, seed: int = 0) -> tuple[PlainInt8 | PanelInt8, torch.Tensor]:

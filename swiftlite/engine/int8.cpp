@@ -119,7 +119,7 @@ void quantize(int8_t* out, float* scale, const T* w, int64_t n, int64_t k, int t
     }
 }
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)  // Cooper Lake has the first alone
 constexpr int64_t INT8_RESIDENT = 160 * 1024;  // elements of x that stay in the second-level cache while the panels pass
 constexpr int64_t EARLY = 4;  // steps of the matrix unit that widening is ahead
 enum Source { FRESH, FRESH_AND_KEPT, KEPT };
@@ -315,7 +315,7 @@ void linear_bf16(bf16* out, const bf16* x, const int8_t* w, const float* scale, 
 extern "C" {
 // Whether any number of rows runs at the units' speed here; else the kernel is for few rows.
 int swift_int8_many(int is_bf16) {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)  // Cooper Lake has the first alone
     return is_bf16;
 #else
     return 0;
@@ -358,7 +358,7 @@ void swift_int8_linear(int is_bf16, void* out, const void* x, const int8_t* w, c
                        int64_t stride, int64_t n, int64_t k, int threads) {
     if (!is_bf16)
         return linear_any((float*)out, (const float*)x, w, scale, (const float*)bias, rows, stride, n, k, threads);
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)  // Cooper Lake has the first alone
     linear_bf16((bf16*)out, (const bf16*)x, w, scale, (const bf16*)bias, rows, stride, n, k, threads);
 #else
     linear_any((bf16*)out, (const bf16*)x, w, scale, (const bf16*)bias, rows, stride, n, k, threads);
