@@ -61,15 +61,15 @@ def export(model: Path, rows: Path, packing: bool, steps: int, out: Path) -> lis
     return counts
 
 
-def ours(model: Path, rows: Path, packing: bool, steps: int, work: Path) -> dict:
+def ours(model: Path, rows: Path, packing: bool, counts: list[tuple[int, int]], work: Path) -> dict:
     out = work / f"sft-{'packed' if packing else 'plain'}"
-    command = [sys.executable, "-m", "swiftlite.cli", "sft", *flags(model, rows, packing, steps), "--output_dir", str(out)]
+    command = [sys.executable, "-m", "swiftlite.cli", "sft", *flags(model, rows, packing, len(counts)), "--output_dir", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     log = [json.loads(line) for line in (out / "logging.jsonl").read_text().splitlines()]
     done, log = log[-1], [row for row in log if "tokens_per_s" in row]
-    speeds = [row["tokens_per_s"] for row in log[1:]]  # the first step warms up
+    seconds = sum(tokens / row["tokens_per_s"] for (tokens, _), row in zip(counts[1:], log[1:], strict=True))  # the first step warms up
     return {
-        "tokens_per_s": len(speeds) / sum(1 / s for s in speeds) if speeds else None,
+        "tokens_per_s": sum(tokens for tokens, _ in counts[1:]) / seconds if seconds else None,
         "memory_gib": max(row["memory_gb"] for row in log) * GB_IN_GIB,
         "tokens": done["tokens"],
         "losses": [row["loss"] for row in log],
@@ -115,7 +115,7 @@ def main() -> None:
         mine, theirs = [], []
         for number in range(args.rounds):
             print(f"round {number + 1}, {kind} ...", file=sys.stderr, flush=True)
-            mine.append(ours(model, rows, packing, args.steps, work))
+            mine.append(ours(model, rows, packing, counts, work))
             theirs.append(trl(python, model, encoded, packing, args.steps, work))
         trained = {report["tokens"] for report in (*mine, *theirs)}
         if trained != {sum(tokens for tokens, _ in counts)}:
@@ -126,7 +126,7 @@ def main() -> None:
         ratio = f"{a / b:.2f}x" if b else "-"  # one step alone is only a warm-up
         speeds.append(f"| {kind} | {each} | {a:.0f} | {b:.0f} | {ratio} | {m:.1f} | {n:.1f} | {m / n:.2f}x |")
         losses += [*loss_table(kind, counts, mine[0]["losses"], theirs[0]["losses"]), ""]
-    title = "## Training on a CPU"
+    title = f"## Training on a CPU: {cpu_name()}"
     text = "\n".join([
         title, "",
         f"{datetime.date.today()}, {cpu_name()}, {len(os.sched_getaffinity(0))} cores, bfloat16, LoRA r=16 on all linears, "

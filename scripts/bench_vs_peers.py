@@ -94,7 +94,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def put_section(title: str, text: str) -> None:
-    """Replace the section of BENCHMARKS.md that begins with `title`, or add it at the end."""
+    """Replace the section of BENCHMARKS.md that begins with `title` (it names the processor), or add it at the end."""
     path = HERE.parent / "BENCHMARKS.md"
     old = path.read_text() if path.exists() else "# Benchmarks\n"
     before, found, after = old.partition(title + "\n")
@@ -140,7 +140,7 @@ def main() -> None:
                 batch_cases = [c for c in cases if engine != "transformers" or c[0] == 1]
                 reports.append(run_peer(engine, envs / engine / "bin/python", model, batch_cases, mixed, adapters, out))
     versions = results["swiftlite"][0]["versions"]
-    title = f"## Serving on a CPU{f', {args.adapters} adapters mixed' if args.adapters else ''}"
+    title = f"## Serving on a CPU{f', {args.adapters} adapters mixed' if args.adapters else ''}: {cpu_name()}"
     command = " ".join(["python scripts/bench_vs_peers.py WORK_DIR", *sys.argv[2:]]).replace(f" --envs {args.envs}", " --envs ENVS")
     text = "\n".join([
         title, "",
