@@ -87,7 +87,8 @@ constexpr int64_t UNIT_RESIDENT = 640 * 1024;  // elements of x that stay in the
 struct RowBlocks {
     int64_t rows, count;
     int size, top, bottom;
-    explicit RowBlocks(int64_t all) : rows(all), count((all + 31) / 32), size((all + count - 1) / count), top(size > 16 ? (size + 1) / 2 : size), bottom(size - top) {}
+    explicit RowBlocks(int64_t all)
+        : rows(all), count((all + 31) / 32), size((all + count - 1) / count), top(size > 16 ? (size + 1) / 2 : size), bottom(size - top) {}
     int64_t first(int64_t block) const { return block + 1 < count ? block * size : rows - size; }
     // Tiles 0 to 3 are sums, 4 and 5 rows (top | bottom), 6 and 7 outputs (16 | 16).
     Tiles tiles() const { return Tiles({top, top, bottom, bottom, top, bottom, 16, 16}, {64, 64, 64, 64, 64, 64, 64, 64}); }

@@ -199,6 +199,8 @@ class Trainer:
         total, settings = self.schedule.total, self.settings
         self.model.train()
         gc.collect()
+        if self.device.type == "cpu":
+            memory.keep_freed()
         gc.freeze()  # the model and the rows never become garbage: collections need not walk them
         first = self.progress.step
         began = self.row_time = time.perf_counter()

@@ -78,13 +78,19 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         total = torch.zeros((), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64, device=hidden.device)
         hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        rows = max(16, CHUNK_BYTES // (4 * len(weight)))
+        rows = max(1, min(max(16, CHUNK_BYTES // (4 * len(weight))), len(labels)))
+        # One pair of buffers for all chunks: fresh memory of this size would be zeroed page by page each time.
+        shape = rows + filler(rows), len(weight)
+        narrow = torch.empty(shape, dtype=head.dtype, device=hidden.device)
+        wide = narrow if head.dtype == total.dtype else torch.empty(shape, dtype=total.dtype, device=hidden.device)
         for start in range(0, len(labels), rows):
             h, label = hidden[start : start + rows].to(head.dtype), labels[start : start + rows, None]
             count = len(h)
             if head.dtype == torch.bfloat16 and h.device.type == "cpu":
                 h, label = (F.pad(x, (0, 0, 0, filler(count))) for x in (h, label))
-            z = F.linear(h, w).to(total.dtype)  # [n, V]
+            z = torch.mm(h, w.T, out=narrow[: len(h)])  # [n, V]
+            if wide is not narrow:
+                z = wide[: len(h)].copy_(z)
             if head.scale != 1:
                 z.mul_(head.scale)
             slope = None
@@ -113,7 +119,7 @@ class _ChunkedNLL(torch.autograd.Function):
             if weighed is not None:
                 z[:count].mul_(weighed)
             z[count:].zero_()
-            dz = z.to(head.dtype)
+            dz = z if wide is narrow else narrow[: len(h)].copy_(z)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = (dz @ w)[:count]
             if grad_weight is not None:
