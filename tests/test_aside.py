@@ -75,5 +75,7 @@ def test_an_engine_leaves_no_team_with_the_thread_that_made_it(make_model, tmp_p
     shutil.copytree(path, tmp_path / "model")
     (tmp_path / "model/config.json").write_text(json.dumps(settings))
     env = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-c", THREADS_OF_AN_ENGINE, str(tmp_path / "model")], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_OF_AN_ENGINE, str(tmp_path / "model")], env=env, capture_output=True, text=True, timeout=120
+    )
     assert "a matrix product in bfloat16 runs at" in done.stdout and done.stdout.endswith("left: 0\n"), done.stdout + done.stderr
