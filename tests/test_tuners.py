@@ -37,7 +37,7 @@ def load(path):
 
 def logits(net, ids):
     with torch.no_grad():
-        return net(input_ids=ids, use_cache=False).logits
+        return net(input_ids=ids, use_cache=False, swift_segments=(ids.shape[1],)).logits
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -82,7 +82,7 @@ def test_plain_lora_through_peft_equals_ours(make_model):
     for (_, a), (_, b) in zip(mine, other, strict=True):
         a.data.copy_(b.data)
     for net in (ours.model, theirs.adapted):
-        net(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        net(input_ids=ids, use_cache=False, swift_segments=(ids.shape[1],)).logits.square().mean().backward()
     for (name, a), (_, b) in zip(mine, other, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
 

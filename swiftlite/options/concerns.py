@@ -124,7 +124,10 @@ class TrainOptions:
     )  # fmt: skip
     per_device_eval_batch_size: int = opt(1, "rows a forward pass in evaluation")
     gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default: about 16 rows a step")
-    packing: bool = opt(True, "fill every forward pass with whole rows up to its token budget; rows never see each other")
+    packing: bool = opt(
+        True, "fill every forward pass with whole rows up to its token budget; rows never see each other: a model that cannot keep them "
+        "apart (convolutions, recurrent states) is found out when it is loaded, and takes one row a forward pass"
+    )  # fmt: skip
     learning_rate: float | None = opt(None, "peak learning rate; default 1e-4 for lora, 1e-5 for full")
     lr_scheduler_type: str = opt(
         "cosine", "schedule after warm-up; wsd holds the peak and falls at the end",

@@ -91,6 +91,31 @@ def freezing(options: Options) -> Any:
     return None if settings == (0.0, None, None) else Freezing(*settings)
 
 
+def alone(options: Options, model: Any, ranks: Any) -> bool:
+    """Whether every row needs a forward pass of its own; says why. UsageError where packing was asked for."""
+    from swiftlite.models import apart
+
+    reason = next((reason for reason in ranks.gather(apart.why_not(model)) if reason), None)
+    if reason is None:
+        return False
+    if options.packing and options.given("packing"):
+        raise UsageError(
+            f"{type(model).__name__} cannot be trained with --packing true", f"rows would see each other: {reason}",
+            "use --packing false: every row then gets a forward pass of its own, which is slower",
+        )  # fmt: skip
+    options.set("packing", False, "chosen")  # a resumed run asks for the same
+    print(f"one row a forward pass, without packing, which is slower ({type(model).__name__}: {reason})")
+    return True
+
+
+def note_experts(model: Any) -> None:
+    """Whether the router's own loss is trained on, where there is one."""
+    config = model.config.get_text_config().to_dict()
+    if "router_aux_loss_coef" in config:
+        unless = "although its config sets output_router_logits" if config.get("output_router_logits") else "as in transformers' default"
+        print(f"experts: the router's balancing loss is not part of the loss ({unless})")
+
+
 PROBED = 128  # tokens: what a token keeps is within 10 % the same from 64 to 2048 of them, and a long row takes seconds
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -92,6 +92,10 @@ class Plan:
                 raise UsageError(f"--{name} must be at least 1, got {value}")
         passes = accumulation or max(1, round(ROWS_A_STEP / rows / ranks))
         return Plan(tuple(lengths), rows, passes * ranks, packing, shuffle, seed)
+
+    def alone(self) -> Plan:
+        """As many rows a step, one a forward pass."""
+        return replace(self, rows=1, accumulation=self.accumulation * self.rows, packing=False)
 
     @cached_property
     def budget(self) -> int:
