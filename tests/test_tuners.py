@@ -17,7 +17,7 @@ from swiftlite.train import neftune
 from swiftlite.train.full import Freezing, Full
 from swiftlite.train.lora import Lora, LoraSpec
 from swiftlite.train.optimizers import NAMES, OptimizerSettings, build
-from swiftlite.train.peft_lora import PeftLora, Variant
+from swiftlite.train.peft_lora import STARTS, PeftLora, Variant
 from tests.test_sft import QUIET, data, model, sft, training, trajectory  # noqa: F401 (fixtures)
 
 CPU = torch.device("cpu")
@@ -65,10 +65,27 @@ def test_what_is_trained_is_what_peft_loads(kind, make_model, tmp_path):
     torch.testing.assert_close(logits(net.eval(), ids), after, rtol=0, atol=0)  # saving changed nothing
 
 
-def test_variants_train_float32_on_a_bfloat16_base(make_model):
-    net = load_model(make_model("qwen2"), torch.bfloat16, CPU, register())
-    tuner = PeftLora(net, *VARIANTS["dora"])
-    assert {p.dtype for _, p in tuner.named_parameters()} == {torch.float32}
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_dora", "true"], ["--use_dora", "true", "--modules_to_save", "lm_head"],
+        ["--use_dora", "true", "--modules_to_save", "embed_tokens", "norm"], ["--lora_bias", "all"], ["--lora_bias", "lora_only"],
+        ["--target_modules", "all-linear", "all-embedding"],
+        *(["--init_weights", start] for start in (*(start for start in STARTS if start != "true"), "pissa_niter_4")),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_variants_train_float32_on_a_bfloat16_base(sft, make_model, flags):  # noqa: F811
+    """Their trained parts meet bfloat16 neighbours, and learn as on a float32 base."""
+    common = ["--model", str(make_model("qwen2")), "--max_steps", "4", "--split_dataset_ratio", "0.2", *QUIET]
+    run = sft("--torch_dtype", "bfloat16", *flags, *common)
+    weights = load_file(run / "checkpoint-4" / "adapter_model.safetensors")
+    trained = {key: tensor for key, tensor in weights.items() if not key.endswith("base_layer.weight")}  # PEFT adds an adapted embedding
+    assert trained and all(tensor.dtype == torch.float32 for tensor in trained.values())
+    losses = trajectory(run)
+    assert losses[-1][0] < 0.8 * losses[0][0]
+    exact = trajectory(sft("--torch_dtype", "float32", *flags, *common))
+    assert losses[0] == pytest.approx(exact[0], rel=0.03)  # from the second step on, paths part
 
 
 def test_plain_lora_through_peft_equals_ours(make_model):

@@ -114,7 +114,7 @@ def _train(
     tuner: Any = Full(model, dtype, build.freezing(options)) if full else build.lora(options, model, start_from, resumed)
     if tensors is not None:
         tuner.load_masters(tensors.get("masters", {}))
-    loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None, options.label_smoothing_factor)
+    loss = TargetLoss(model, dtype if build.mixed(tuner) and dtype != torch.float32 else None, options.label_smoothing_factor)
     if options.neftune_noise_alpha is not None:
         neftune.attach(model, options.neftune_noise_alpha)
     trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))

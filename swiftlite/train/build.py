@@ -48,6 +48,15 @@ def lora(options: Options, model: Any, start_from: Path | None, resumed: Path | 
     return lora
 
 
+def mixed(tuner: Any) -> bool:
+    """Whether float32 masters are used as they are, so that products need autocast to run in the model's dtype. Plain LoRA casts
+    its own; in PEFT's layers a trained bias, embedding, norm or head would meet a bfloat16 neighbour."""
+    from swiftlite.train.full import Full
+    from swiftlite.train.peft_lora import PeftLora
+
+    return isinstance(tuner, (Full, PeftLora))
+
+
 def quantized(options: Options, dtype: Any) -> dict[str, Any]:
     """QLoRA (arXiv 2305.14314): NF4 with doubly quantized scales, products in the run's dtype."""
     if not options.quant_bits:
