@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from swiftlite.errors import UsageError
 from swiftlite.models import apart
 from swiftlite.models.loading import load_model
 from swiftlite.models.segments import NAME, Unheard, register
 from swiftlite.train.batches import collate
+from swiftlite.train.lora import Lora, LoraSpec, select
 from swiftlite.train.loss import TargetLoss
 from tests.test_segments import Row, rows
 from tests.test_sft import QUIET, assert_close, data, model, sft, trajectory  # noqa: F401 (fixtures)
@@ -65,6 +67,40 @@ def test_loss_and_gradient_are_those_of_rows_alone(make_model, family):
         torch.testing.assert_close(mine[name], grad, rtol=2e-3, atol=2e-4 * max(1.0, grad.abs().max().item()), msg=name)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "phimoe", *UNHEARD, *RUN_ON])
+def test_adapters_on_them_have_the_gradients_of_their_definition(make_model, family):
+    """W + s B A in plain transformers: our layers stand where models read their linears' weights, and not where routers are."""
+    path, (sample,) = make_model(family), rows(33)
+    net = load(path)
+    apart.why_not(net)
+    lora = Lora(net, LoraSpec(4, 8))
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in lora.named_parameters():
+        parameter.data.normal_(std=0.1, generator=generator)
+    TargetLoss(net)(collate([sample], CPU))[0].backward()
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    weights = dict(theirs.named_parameters())
+    unused = {name for name, linear in lora.linears.items() if linear.lora_B.grad is None}  # the model takes their weight as it is
+    assert all(name.endswith("dt_proj") for name in unused)
+    used = {name: linear for name, linear in lora.linears.items() if name not in unused}
+    pairs = {name: tuple(x.detach().clone().requires_grad_() for x in (one.lora_A, one.lora_B)) for name, one in used.items()}
+    changed = {f"{name}.weight": weights[f"{name}.weight"].detach() + 2 * b @ a for name, (a, b) in pairs.items()}
+    ids, keep = torch.tensor(sample.ids.astype(np.int64))[None], torch.tensor(sample.mask[1:])
+    logits = torch.func.functional_call(theirs, changed, (), {"input_ids": ids, "use_cache": False}).logits[0, :-1]
+    F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="sum").backward()
+    for name, (a, b) in pairs.items():
+        for mine, want in ((lora.linears[name].lora_A.grad, a.grad), (lora.linears[name].lora_B.grad, b.grad)):
+            torch.testing.assert_close(mine, want, rtol=2e-3, atol=2e-4 * max(1.0, want.abs().max().item()), msg=name)
+
+
+def test_what_passes_adapters_by_gets_none(make_model):
+    """As PEFT, which would not load them."""
+    net = load(make_model("falcon_h1"))
+    assert not any(name.endswith("out_proj") for name in select(net, ("all-linear",)))
+    with pytest.raises(UsageError, match="out_proj"):
+        select(net, ("out_proj",))
+
+
 @pytest.mark.parametrize("family", RUN_ON)
 def test_packing_them_would_have_been_wrong(make_model, family):
     """The probe finds what is there: with another first document the second's loss is another."""
@@ -84,7 +120,7 @@ def test_attention_refuses_to_guess_where_documents_end(make_model):
         load(make_model("nemotron"))(input_ids=torch.arange(9)[None], use_cache=False, swift_segments=(4, 5))
 
 
-@pytest.mark.parametrize("family", ["lfm2", "nemotron"])
+@pytest.mark.parametrize("family", ["lfm2", "nemotron", "falcon_h1", "llama4"])
 def test_the_command_takes_one_row_a_pass(sft, make_model, capsys, family):  # noqa: F811
     """Whatever the batch size and the default of --packing, a step's loss is that of its rows alone."""
     common = ["--model", str(make_model(family)), "--split_dataset_ratio", "0.2", "--max_steps", "3", *QUIET]

@@ -119,6 +119,28 @@ def test_variants_learn_and_go_on(sft, flags, capsys):  # noqa: F811
     assert (again / "checkpoint-1" / "adapter_model.safetensors").is_file()
 
 
+def test_turned_linears_go_through_peft(sft, make_model, capsys):  # noqa: F811
+    """GPT-2's Conv1D: adapted by the command, and what it saves is what PEFT loads."""
+    from peft import PeftModel
+
+    path = make_model("gpt2")
+    common = ["--model", str(path), "--split_dataset_ratio", "0", *QUIET]
+    run = sft("--max_steps", "4", *common)
+    assert "PEFT" in capsys.readouterr().out
+    losses = [loss for loss, _ in trajectory(run)]
+    assert losses[-1] < losses[0]
+    weights = load_file(run / "checkpoint-4" / "adapter_model.safetensors")
+    assert {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in weights} == {"c_attn", "c_proj", "c_fc"}
+    plain, ids = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), torch.arange(3, 30)[None]
+    before = logits(plain, ids)
+    adapted = logits(PeftModel.from_pretrained(plain, run / "checkpoint-4").eval(), ids)
+    assert not torch.allclose(before, adapted, atol=1e-2)
+    again = sft("--adapters", str(run / "checkpoint-4"), "--max_steps", "1", *common)
+    assert training(again)[0]["loss"] < losses[0]
+    named = sft("--target_modules", "c_attn", "--max_steps", "1", *common) / "checkpoint-1" / "adapter_model.safetensors"
+    assert all("c_attn" in key for key in load_file(named))
+
+
 @pytest.mark.parametrize(
     "flags", [["--init_weights", "pissa", "--optim", "muon"], ["--use_dora", "--optim", "adafactor"]], ids=["pissa", "dora"]
 )

@@ -16,11 +16,16 @@ PLAIN = (False, "none", "true", False)  # LoRA without --use_dora, --lora_bias, 
 
 
 def lora(options: Options, model: Any, start_from: Path | None, resumed: Path | None) -> Any:
+    from transformers.pytorch_utils import Conv1D
+
     from swiftlite.train.lora import Lora, LoraSpec
 
     source = resumed or start_from
     embeddings = "all-embedding" in options.target_modules
-    if options.quant_bits and source is not None:  # PEFT knows quantized linears
+    turned = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's linears, which only PEFT adapts
+    if turned and options.fsdp:
+        raise UsageError("--fsdp shards plain LoRA and full training", f"{type(model).__name__} needs PEFT's layers", "leave out --fsdp")
+    if (options.quant_bits or turned) and source is not None:  # PEFT knows quantized linears
         from swiftlite.train.peft_lora import PeftLora
 
         return PeftLora.read(model, source)
@@ -30,7 +35,7 @@ def lora(options: Options, model: Any, start_from: Path | None, resumed: Path | 
 
         print(f"adapter from {source}: its own settings, through PEFT")
         return PeftLora.read(model, source)
-    if variant != PLAIN or options.quant_bits:
+    if variant != PLAIN or options.quant_bits or turned:
         from swiftlite.train.peft_lora import PeftLora, Variant
 
         if start_from is not None:
