@@ -72,7 +72,7 @@ class DataOptions:
     strict: bool = opt(False, "fail on the first bad row instead of counting it")
     streaming: bool = opt(False, "read and encode rows while training, block by block; needs --max_steps, memory holds one block")
     shuffle_buffer_size: int = opt(1000, "rows in a block of --streaming: shuffled and packed within it")
-    dataset_shuffle: bool = opt(True, "shuffle the training rows")
+    dataset_shuffle: bool = opt(True, "shuffle the training rows; false: they come in the order of the data, packed or not")
     data_seed: int = opt(42, "seed of sampling, splitting and shuffling")
 
 

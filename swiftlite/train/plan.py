@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from swiftlite.data.packing import pack
+from swiftlite.data.packing import pack, pack_in_order
 from swiftlite.errors import UsageError
 
 ROWS_A_STEP = 16  # where the batch size is left to us
@@ -107,6 +107,8 @@ class Plan:
         seed = self.seed + epoch
         if self.packing:
             capped = [min(length, self.budget) for length in self.lengths]
+            if not self.shuffle:
+                return pack_in_order(capped, self.budget)
             full = pack(capped, self.budget, seed)
             even = spread(capped, len(full), seed)
             return even if max(sum(capped[i] for i in rows) for rows in even) <= self.budget else full
