@@ -43,6 +43,55 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
     "granite": ("GraniteConfig", "GraniteForCausalLM", {"attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
 }
+_LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Families that are trained but not served: experts, and layers that pass something on from token to token.
+TRAINED: dict[str, tuple[str, str, dict]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _EXPERTS),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**_EXPERTS, "shared_expert_intermediate_size": 16}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "sliding_window": None}),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", {"num_local_experts": 4, "sliding_window": None}),
+    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe_window": ("PhimoeConfig", "PhimoeForCausalLM", {"num_local_experts": 4, "sliding_window": 16}),
+    "llama4": ("Llama4TextConfig", "Llama4ForCausalLM", {"num_local_experts": 2, "attention_chunk_size": 16}),
+    "nemotron": ("NemotronConfig", "NemotronForCausalLM", {}),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", {"head_dim": None, "partial_rotary_factor": 0.5}),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _LINEAR),
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 16}),
+    "minimax": (
+        "MiniMaxConfig", "MiniMaxForCausalLM",
+        {"num_local_experts": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    "jamba": (
+        "JambaConfig", "JambaForCausalLM",
+        {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    ),
+    "lfm2": (
+        "Lfm2Config", "Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ),
+    "falcon_h1": (
+        "FalconH1Config", "FalconH1ForCausalLM",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "lm_head_multiplier": 0.5},
+    ),
+    "bamba": (
+        "BambaConfig", "BambaForCausalLM", {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_d_state": 16, "attn_layer_indices": [1]},
+    ),
+    "mamba2": ("Mamba2Config", "Mamba2ForCausalLM", {"num_heads": 4, "head_dim": 24, "state_size": 16, "n_groups": 1}),
+    "nemotron_h": (
+        "NemotronHConfig", "NemotronHForCausalLM",
+        {"hybrid_override_pattern": "M*-", "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM",
+        {"attention_window_size": 16, "block_types": ["recurrent", "recurrent", "attention"], "lru_width": 48},
+    ),
+    "phi": ("PhiConfig", "PhiForCausalLM", {}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+}  # fmt: skip
 
 
 def save_tokenizer(path: Path) -> None:
@@ -82,7 +131,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory):
         if key not in made:
             path = tmp_path_factory.mktemp(family)
             save_tokenizer(path)
-            config_name, model_name, own = FAMILIES[family]
+            config_name, model_name, own = {**FAMILIES, **TRAINED}[family]
             vocab = len(transformers.AutoTokenizer.from_pretrained(path))
             settings = {**SMALL, "vocab_size": vocab, "dtype": "float32", **own, **overrides}
             config = getattr(transformers, config_name)(**{k: v for k, v in settings.items() if v is not None or k == "bos_token_id"})

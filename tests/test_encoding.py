@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from chat_templates import NO_STOP, STYLES, make_tokenizer
 
 from swiftlite.chat import Conversation, Template
 from swiftlite.data import Row, load, load_training
-from swiftlite.data.encoding import encode
+from swiftlite.data.encoding import Report, encode
 from swiftlite.errors import DataError, TemplateError, UsageError
 from swiftlite.options.parse import parse
 
@@ -72,6 +73,23 @@ def test_account_and_strict(template: Template) -> None:
         encode([row("q", "a", 1), bad, mute], template, None, strict=True)
     with pytest.raises(DataError, match=r"a\.jsonl:1: longer than"):
         encode([row("q", "long answer " * 30, 1)], template, 60, "right", strict=True)
+
+
+def test_a_row_that_keeps_some_of_its_samples_is_accounted_for() -> None:
+    """A template that rewrites history gives a sample a round; a dropped one is not `truncated`."""
+    rewriting = Template(make_tokenizer("bytelevel"), STYLES["qwen3"], "qwen3")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"<think>\n{'long ' * 60}\n</think>\n\none"}]
+    chat += [{"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]
+    rows = [Row(Conversation(chat), "folder/a.jsonl", 1), row("q", "a", 2)]
+    samples, report = encode(rows, rewriting, 60, "delete")
+    assert report.kept == len(samples) == 2 and not report.dropped and report.truncated.count == 0
+    assert report.parts["longer than --max_length 60"].first == ["a.jsonl:1"]
+    assert "in part           1  kept without some of their samples: longer than --max_length 60; first: a.jsonl:1" in report.table()
+    assert Report.from_json(asdict(report.merge(report))).parts["longer than --max_length 60"].count == 2
+    _, cut = encode(rows, rewriting, 60, "right")
+    assert cut.truncated.first == ["a.jsonl:1"] and not cut.parts
+    with pytest.raises(DataError, match=r"a\.jsonl:1: longer than --max_length 60"):
+        encode(rows, rewriting, 60, "delete", strict=True)
 
 
 def test_many_reasons_stay_readable(template: Template) -> None:

@@ -97,7 +97,7 @@ def test_unknown_head_goes_through_the_stock_forward(make_model):
     sample = rows(12)[0]
     nll, _ = loss(collate([sample], CPU))
     ids = torch.tensor(sample.ids.astype(np.int64))[None]
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    logits = model(input_ids=ids, use_cache=False, swift_segments=(12,)).logits[0, :-1]
     keep = torch.tensor(sample.mask[1:])
     assert nll.item() == pytest.approx(F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="sum").item(), rel=1e-5)
 

@@ -78,7 +78,8 @@ def test_loss_choices(name: str) -> None:
     last = template.encode_training(Conversation(chat), "last_round")
     assert len(last) == 1 and last[0].ids == full[-1].ids and spans(last[0]) == spans(full[-1])[-1:]
     everything = template.encode_training(Conversation(chat), "all")
-    assert everything == [Encoded(full[-1].ids, [True] * len(full[-1].ids))]
+    assert [row.ids for row in everything] == [row.ids for row in full]
+    assert all(everything[0].mask) and all(row.mask[-1] and row.mask == sorted(row.mask) for row in everything)
     muted = [{**m, "loss": False} if i == 3 else m for i, m in enumerate(chat)]
     rows = template.encode_training(Conversation(muted))
     assert sum(len(spans(row)) for row in rows) == 2
@@ -231,3 +232,62 @@ def test_bad_conversations() -> None:
     assert template.encode_training(Conversation(turns("a"))) == []
     good, bad = template.encode_training_batch([Conversation(turns("a", "b")), Conversation(turns("a") + turns("b", "c"))])
     assert isinstance(bad, DataError) and len(good) == 1
+
+
+@pytest.mark.parametrize("style", ["qwen2_5", "llama3", "glm4", "plain_eos"])
+def test_tools_that_the_template_leaves_out_are_refused(style: str) -> None:
+    """Never an empty answer as a target. Qwen's template writes everything, the others none or only results."""
+    template = load(style, "bytelevel")
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": "{}"}}]}
+    chat = [*turns("weather?"), call, {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "It is sunny."}]
+    rows = [Conversation(chat, tools=tools), Conversation(chat), Conversation(turns("a", "b"), tools=tools), Conversation(turns("a", "b"))]
+    found = template.encode_training_batch(rows)
+    assert isinstance(found[3], list)
+    if style == "qwen2_5":
+        texts = [template.tokenizer.decode([i for row in one for i, m in zip(row.ids, row.mask, strict=True) if m]) for one in found]
+        assert all("look_up" in text for text in texts[:2])
+        return
+    for one, what in zip(found, ("tool calls", "tool calls", "the row's tools"), strict=False):
+        assert isinstance(one, DataError) and one.what == f"the chat template does not write {what}"
+
+
+def test_tool_results_that_are_left_out_are_refused() -> None:
+    template = Template(make_tokenizer("bytelevel"), "{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+                        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "x")  # fmt: skip
+    chat = [*turns("q", "call f"), {"role": "tool", "content": "42"}, {"role": "assistant", "content": "It is 42."}]
+    with pytest.raises(DataError, match="does not write tool results"):
+        template.encode_training(Conversation(chat))
+
+
+@pytest.mark.parametrize("value", [False, 0, 0.0, "false", "False"])
+@pytest.mark.parametrize("role", ["assistant", "tool_call"])
+def test_a_message_s_loss_takes_its_turn_out(value: object, role: str) -> None:
+    template = load("qwen2_5", "bytelevel")
+    first = (
+        {"role": "assistant", "content": "one"}
+        if role == "assistant"
+        else {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
+    )
+    chat = [
+        *turns("a"),
+        {**first, "loss": value},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "two", "loss": "true"},
+    ]
+    (row,) = template.encode_training(to_conversation({"messages": chat}))
+    assert template.tokenizer.decode([i for i, m in zip(row.ids, row.mask, strict=True) if m]) == "two<|im_end|>"
+    learnt = [{**message, "loss": 1} if "loss" in message else message for message in chat]
+    (row,) = template.encode_training(to_conversation({"messages": learnt}))
+    assert len(spans(row)) == 2
+
+
+def test_all_learns_every_token_once_where_history_is_rewritten() -> None:
+    template = load("qwen3", "bytelevel")
+    chat = turns("a", "<think>\nlong thought\n</think>\n\none", "b", "<think>\nx\n</think>\n\ntwo")
+    plain, rows = (template.encode_training(Conversation(chat), scale) for scale in ("default", "all"))
+    assert [row.ids for row in rows] == [row.ids for row in plain] and len(rows) == 2
+    assert all(rows[0].mask)
+    same = rows[1].mask.index(True)
+    assert rows[1].ids[:same] == rows[0].ids[:same] and rows[1].ids[same] != rows[0].ids[same]
+    assert all(rows[1].mask[same:])

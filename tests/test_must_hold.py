@@ -20,7 +20,7 @@ from swiftlite import cli
 from swiftlite.data.store import Sample
 from swiftlite.models.loading import load_model
 from swiftlite.models.segments import register
-from swiftlite.train import checkpoint
+from swiftlite.train import checkpoint, gradients
 from swiftlite.train import loss as loss_module
 from swiftlite.train.evaluation import Evaluation
 from swiftlite.train.loss import TargetLoss
@@ -81,6 +81,33 @@ def test_nothing_that_learns_is_an_error_that_names_it(tmp_path, model, data, ca
     said = capsys.readouterr().err
     assert "every gradient of the first step is zero" in said and "model.layers.0.self_attn.q_proj.lora_A" in said
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_dora"]], ids=["ours", "through PEFT"])
+def test_a_dead_adapter_is_found_beside_modules_that_learn(tmp_path, model, data, capsys, flags):
+    flags = [*flags, "--lora_alpha", "0", "--modules_to_save", "norm", "--max_steps", "2"]
+    assert cli.main(["sft", *command(model, data, tmp_path, *flags)]) == 1
+    said = capsys.readouterr().err
+    assert "the adapter does not learn" in said and "model.layers.0.self_attn.q_proj" in said and "--lora_alpha" in said
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_one_dead_module_is_named():
+    def named(**gradients: float | None) -> list[tuple[str, torch.nn.Parameter]]:
+        found = []
+        for name, value in gradients.items():
+            parameter = torch.nn.Parameter(torch.ones(2, 2))
+            parameter.grad = None if value is None else torch.full((2, 2), value)
+            found.append((name.replace("__", "."), parameter))
+        return found
+
+    said: list[str] = []
+    parameters = named(a__lora_A=0.0, a__lora_B=1.0, b__lora_A=0.0, b__lora_B=0.0, c__lora_A=None, c__lora_B=None, head__weight=1.0)
+    gradients.check(parameters, torch.tensor(2.0), False, said.append)
+    assert said == [
+        "note: no gradient reached c.lora_A, c.lora_B (2 of 7 tensors); they are not used by the model's forward pass and stay as they are",
+        "note: in the first step the gradient is zero in b (1 of 3 adapted modules)",
+    ]
 
 
 def test_what_is_trained_is_float32(tmp_path, model, data):
@@ -158,7 +185,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, model, data):
     limited = """
 import resource, sys
 from swiftlite import cli
-from swiftlite.train import checkpoint
+from swiftlite.train import checkpoint, gradients
 real, count = checkpoint.write, []
 def write(*args):
     count.append(1)

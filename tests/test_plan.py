@@ -50,6 +50,17 @@ def test_without_shuffling_rows_keep_their_order():
     assert plan.total_steps(1.5, 100) == 100
 
 
+def test_without_shuffling_bins_come_in_the_order_of_the_rows():
+    sizes = lengths(300)
+    plan = Plan.make(sizes, 4, 3, True, False, 0)
+    for epoch in (0, 1):
+        assert [row for rows in plan.passes(epoch) for row in rows] == list(range(300))
+    for rows, following in zip(plan.passes(0), [*plan.passes(0)[1:], None], strict=True):
+        tokens = sum(sizes[i] for i in rows)
+        assert len(rows) == 1 or tokens <= plan.budget
+        assert following is None or tokens + sizes[following[0]] > plan.budget  # none is closed early
+
+
 def test_sizes_below_one_are_refused():
     with pytest.raises(UsageError, match="gradient_accumulation_steps"):
         Plan.make([5], 1, 0, True, True, 0)

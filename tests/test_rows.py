@@ -14,6 +14,7 @@ from swiftlite.data.sources import Spec, parse_spec
 from swiftlite.errors import DataError, HubError
 
 U, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "R"}
+CALL = {"role": "tool_call", "content": {"name": "f", "arguments": {}}}
 S = {"role": "system", "content": "S"}
 OLD = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "R1"}]
 
@@ -93,6 +94,11 @@ def test_tools_and_calls() -> None:
         ({"text": ""}, "the text is empty"),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "[]"}]}, "tool call must be"),
         ({"messages": [U, A], "tools": "{}x"}, "'tools' is neither"),
+        ({"messages": [U, {**A, "loss": "no"}]}, "loss is 'no'"),
+        ({"messages": [U, {**A, "loss": 0.5}]}, "loss is 0.5"),
+        ({"messages": [U, {**A, "loss": [0]}]}, r"loss is \[0\]"),
+        ({"messages": [U, CALL, {**CALL, "loss": False}]}, "calls of one turn are learnt alike"),
+        ({"messages": [U, {**A, "loss": 0}]}, "no assistant message to learn from"),
     ],
 )
 def test_bad_records_say_why(record, match: str) -> None:

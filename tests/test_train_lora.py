@@ -57,7 +57,7 @@ def test_linear_equals_peft(bias, rslora):
 
 def test_gradcheck_in_double():
     torch.manual_seed(0)
-    x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (2, 5), (4, 2)))
+    x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 5), (2, 5), (4, 2)))
     weight, bias = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x, a, b: _LowRank.apply(x, weight, bias, a, b, 0.5), (x, a, b))
 
@@ -105,8 +105,8 @@ def test_saved_adapter_loads_in_peft_with_equal_logits(make_model, tmp_path, spe
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), tmp_path).eval()
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        got, want = lora.model.eval()(input_ids=ids, use_cache=False).logits, theirs(input_ids=ids).logits
-        plain = load(path)(input_ids=ids, use_cache=False).logits
+        got, want = lora.model.eval()(input_ids=ids, use_cache=False, swift_segments=(ids.shape[1],)).logits, theirs(input_ids=ids).logits
+        plain = load(path)(input_ids=ids, use_cache=False, swift_segments=(ids.shape[1],)).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(want, plain, atol=1e-2)  # the adapter does something
     names = {
@@ -134,7 +134,10 @@ def test_peft_adapter_can_be_taken_over(make_model, make_adapter):
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
         torch.testing.assert_close(
-            lora.model.eval()(input_ids=ids, use_cache=False).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+            lora.model.eval()(input_ids=ids, use_cache=False, swift_segments=(ids.shape[1],)).logits,
+            theirs(input_ids=ids).logits,
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
@@ -174,7 +177,7 @@ def test_modules_to_save_are_float32_copies(make_model):
     lora = Lora(model, LoraSpec(2, 4, modules_to_save=("lm_head",)))
     assert isinstance(model.lm_head, TrainedCopy)
     assert model.lm_head.whole.weight.dtype == torch.float32
-    out = model(input_ids=torch.arange(3, 9)[None], use_cache=False).logits
+    out = model(input_ids=torch.arange(3, 9)[None], use_cache=False, swift_segments=(6,)).logits
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert lora.copies["lm_head"].whole.weight.grad is not None

@@ -17,7 +17,7 @@ from swiftlite.train import neftune
 from swiftlite.train.full import Freezing, Full
 from swiftlite.train.lora import Lora, LoraSpec
 from swiftlite.train.optimizers import NAMES, OptimizerSettings, build
-from swiftlite.train.peft_lora import PeftLora, Variant
+from swiftlite.train.peft_lora import STARTS, PeftLora, Variant
 from tests.test_sft import QUIET, data, model, sft, training, trajectory  # noqa: F401 (fixtures)
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def load(path):
 
 def logits(net, ids):
     with torch.no_grad():
-        return net(input_ids=ids, use_cache=False).logits
+        return net(input_ids=ids, use_cache=False, swift_segments=(ids.shape[1],)).logits
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -65,10 +65,27 @@ def test_what_is_trained_is_what_peft_loads(kind, make_model, tmp_path):
     torch.testing.assert_close(logits(net.eval(), ids), after, rtol=0, atol=0)  # saving changed nothing
 
 
-def test_variants_train_float32_on_a_bfloat16_base(make_model):
-    net = load_model(make_model("qwen2"), torch.bfloat16, CPU, register())
-    tuner = PeftLora(net, *VARIANTS["dora"])
-    assert {p.dtype for _, p in tuner.named_parameters()} == {torch.float32}
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_dora", "true"], ["--use_dora", "true", "--modules_to_save", "lm_head"],
+        ["--use_dora", "true", "--modules_to_save", "embed_tokens", "norm"], ["--lora_bias", "all"], ["--lora_bias", "lora_only"],
+        ["--target_modules", "all-linear", "all-embedding"],
+        *(["--init_weights", start] for start in (*(start for start in STARTS if start != "true"), "pissa_niter_4")),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_variants_train_float32_on_a_bfloat16_base(sft, make_model, flags):  # noqa: F811
+    """Their trained parts meet bfloat16 neighbours, and learn as on a float32 base."""
+    common = ["--model", str(make_model("qwen2")), "--max_steps", "4", "--split_dataset_ratio", "0.2", *QUIET]
+    run = sft("--torch_dtype", "bfloat16", *flags, *common)
+    weights = load_file(run / "checkpoint-4" / "adapter_model.safetensors")
+    trained = {key: tensor for key, tensor in weights.items() if not key.endswith("base_layer.weight")}  # PEFT adds an adapted embedding
+    assert trained and all(tensor.dtype == torch.float32 for tensor in trained.values())
+    losses = trajectory(run)
+    assert losses[-1][0] < 0.8 * losses[0][0]
+    exact = trajectory(sft("--torch_dtype", "float32", *flags, *common))
+    assert losses[0] == pytest.approx(exact[0], rel=0.03)  # from the second step on, paths part
 
 
 def test_plain_lora_through_peft_equals_ours(make_model):
@@ -82,7 +99,7 @@ def test_plain_lora_through_peft_equals_ours(make_model):
     for (_, a), (_, b) in zip(mine, other, strict=True):
         a.data.copy_(b.data)
     for net in (ours.model, theirs.adapted):
-        net(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        net(input_ids=ids, use_cache=False, swift_segments=(ids.shape[1],)).logits.square().mean().backward()
     for (name, a), (_, b) in zip(mine, other, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -100,6 +117,28 @@ def test_variants_learn_and_go_on(sft, flags, capsys):  # noqa: F811
     again = sft("--adapters", str(run / "checkpoint-4"), "--max_steps", "1", *QUIET)
     assert training(again)[0]["loss"] < losses[0]
     assert (again / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+def test_turned_linears_go_through_peft(sft, make_model, capsys):  # noqa: F811
+    """GPT-2's Conv1D: adapted by the command, and what it saves is what PEFT loads."""
+    from peft import PeftModel
+
+    path = make_model("gpt2")
+    common = ["--model", str(path), "--split_dataset_ratio", "0", *QUIET]
+    run = sft("--max_steps", "4", *common)
+    assert "PEFT" in capsys.readouterr().out
+    losses = [loss for loss, _ in trajectory(run)]
+    assert losses[-1] < losses[0]
+    weights = load_file(run / "checkpoint-4" / "adapter_model.safetensors")
+    assert {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in weights} == {"c_attn", "c_proj", "c_fc"}
+    plain, ids = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), torch.arange(3, 30)[None]
+    before = logits(plain, ids)
+    adapted = logits(PeftModel.from_pretrained(plain, run / "checkpoint-4").eval(), ids)
+    assert not torch.allclose(before, adapted, atol=1e-2)
+    again = sft("--adapters", str(run / "checkpoint-4"), "--max_steps", "1", *common)
+    assert training(again)[0]["loss"] < losses[0]
+    named = sft("--target_modules", "c_attn", "--max_steps", "1", *common) / "checkpoint-1" / "adapter_model.safetensors"
+    assert all("c_attn" in key for key in load_file(named))
 
 
 @pytest.mark.parametrize(

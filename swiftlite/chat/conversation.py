@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from swiftlite.errors import DataError
+
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -35,6 +37,26 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
+
+
+def learnt(message: Message) -> bool:
+    """A message's `loss`: whether it is to be learnt. DataError unless it says yes or no."""
+    value = message.get("loss")
+    known = {True: True, False: False, "true": True, "false": False, None: True}  # 1 and 0 are equal to True and False
+    key = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(key, (str, int, float, type(None))) and key in known:
+        return known[key]
+    raise DataError(f"a message's loss is {value!r}", fix="write true or false")
+
+
+def weight(message: Message) -> float:
+    """A message's `loss_scale`. DataError unless it is a number from 0 up."""
+    value = message.get("loss_scale")
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise DataError(f"a message's loss_scale is {value!r}", fix="write a number from 0 up")
+    return float(value)
 
 
 def flat_text(content: Any, refuse: Callable[[str, str], Exception]) -> str:

@@ -154,6 +154,16 @@ def merge_rows(rows: list[Encoded], stop_ids: Collection[int]) -> list[Encoded]:
     return [row for row in merged if any(row.mask)]
 
 
+def whole_rows(rows: list[Encoded]) -> list[Encoded]:
+    """The rows of one conversation with every token a target, but what a row repeats of the one before only once."""
+    found, before = [], list[int]()
+    for row in rows:
+        same = next((i for i, (a, b) in enumerate(zip(row.ids, before, strict=False)) if a != b), min(len(row.ids), len(before)))
+        found.append(Encoded(row.ids, [False] * same + [True] * (len(row.ids) - same)))
+        before = row.ids
+    return found
+
+
 def without_empty_thought(row: Encoded, block: list[int]) -> Encoded:
     """The row with the ids of an empty thought (`block`) at the beginning of an answer taken out of the targets."""
     mask = list(row.mask)

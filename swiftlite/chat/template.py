@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template  # the sandboxed, cached compiler of apply_chat_template
 
 from swiftlite.chat import builtin
-from swiftlite.chat.conversation import Conversation, Message, check_messages
+from swiftlite.chat.conversation import Conversation, Message, check_messages, learnt, weight
 from swiftlite.chat.masks import (
     Encoded,
     NoStopToken,
@@ -34,10 +34,12 @@ from swiftlite.chat.masks import (
     merge_rows,
     slow_row,
     weighted_row,
+    whole_rows,
     without_empty_thought,
 )
 from swiftlite.chat.scales import parse as parse_scale
 from swiftlite.chat.tokens import ControlTokens
+from swiftlite.chat.tools import check_written
 from swiftlite.errors import DataError, RequestError, SwiftError, TemplateError
 
 SAVED = "swift_template.json"
@@ -273,8 +275,7 @@ class Template:
                 unstopped.add(index)
         for index, found in rows.items():
             merged = merge_rows(found, self._stops.ids)
-            whole = [Encoded(row.ids, [True] * len(row.ids)) for row in merged[-1:]]
-            results[index] = whole if scale.base == "all" else merged
+            results[index] = whole_rows(merged) if scale.base == "all" else merged
             if scale.thoughtless:
                 results[index] = [without_empty_thought(row, empty) for row in merged]
         for index in unstopped:
@@ -289,12 +290,11 @@ class Template:
                 "it is a base model",
                 "choose one with --template (chatml, default, ...), or train on plain text rows",
             )
-        learn = [message.get("loss") is not False for message in conversation.messages if isinstance(message, dict)]
         messages = self._prepared(conversation.messages, _row_error)
-        learn = [True] * (len(messages) - len(learn)) + learn[max(0, len(learn) - len(messages)) :]  # default system added, or folded
-        given = [_weight(message) for message in conversation.messages if isinstance(message, dict)]
-        given = [1.0] * (len(messages) - len(given)) + given[max(0, len(given) - len(messages)) :]
+        # each one as the row gives it; a default system prompt may have been added, or the system folded
+        own: list[Message] = [{}, *conversation.messages][-len(messages) :]
         (marked, tools), mark = self.tokens.mark((messages, conversation.tools or None))
+        check_written(lambda part, offered: self._rendered(part, offered, False, {}, _row_error), marked, tools)
         turns = [k for k, message in enumerate(marked) if message["role"] == "assistant"]
         if loss_scale == "last_round":
             turns = turns[-1:]
@@ -312,8 +312,9 @@ class Template:
                     f"the prompt ends in {prompt[-40:]!r}, the finished conversation in {rendered[-60:]!r}",
                     "use a built-in template with --template",
                 )
-            learnt = (learn[k] and given[k] > 0) or loss_scale == "all"
-            rounds.append(Round(prompt, answer, learnt, mark, 1.0 if loss_scale == "all" else given[k]))
+            factor = 1.0 if loss_scale == "all" else weight(own[k])
+            learn = loss_scale == "all" or (learnt(own[k]) and factor > 0)
+            rounds.append(Round(prompt, answer, learn, mark, factor))
         return rounds
 
     def _text_row(self, text: str) -> list[Encoded]:
@@ -346,16 +347,6 @@ class Template:
         temporary = directory / (SAVED + ".tmp")
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
         os.replace(temporary, directory / SAVED)
-
-
-def _weight(message: Message) -> float:
-    """A message's `loss_scale`. DataError unless it is a number from 0 up."""
-    weight = message.get("loss_scale")
-    if weight is None:
-        return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise DataError(f"a message's loss_scale is {weight!r}", fix="write a number from 0 up")
-    return float(weight)
 
 
 def _read_saved(directory: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:

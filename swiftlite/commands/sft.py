@@ -113,10 +113,16 @@ def _train(
     )
     if options.quant_bits == 4 and device.type == "cpu":
         build.keep_layout(model)
+    alone = build.alone(options, model, ranks)
+    if alone:
+        plan = plan.alone()
+        total = plan.total_steps(options.num_train_epochs, options.max_steps)
+        print(plan.describe())
+    build.note_experts(model)
     tuner: Any = Full(model, dtype, build.freezing(options)) if full else build.lora(options, model, start_from, resumed)
     if tensors is not None:
         tuner.load_masters(tensors.get("masters", {}))
-    loss = TargetLoss(model, dtype if full and dtype != torch.float32 else None, options.label_smoothing_factor)
+    loss = TargetLoss(model, dtype if build.mixed(tuner) and dtype != torch.float32 else None, options.label_smoothing_factor)
     if options.neftune_noise_alpha is not None:
         neftune.attach(model, options.neftune_noise_alpha)
     trained, everything = (sum(p.numel() for p in ps) for ps in ((p for _, p in tuner.named_parameters()), model.parameters()))
@@ -180,8 +186,8 @@ def _train(
     history = state.get("log_history", [])
     with contextlib.closing(Logbook(run, total, history, options.report_to) if ranks.first else Silent(total, history)) as logbook:
         trainer = Trainer(
-            model, tuner, loss, plan, schedule, samples, evaluation, options.per_device_eval_batch_size, settings, run, logbook, collect,
-            {"fingerprint": rows.fingerprint, "data": rows.table(), "processes": planned_for}, ranks, generate, sharded,
+            model, tuner, loss, plan, schedule, samples, evaluation, 1 if alone else options.per_device_eval_batch_size, settings, run,
+            logbook, collect, {"fingerprint": rows.fingerprint, "data": rows.table(), "processes": planned_for}, ranks, generate, sharded,
             push.send if push is not None and options.hub_strategy == "every_save" else None,
         )  # fmt: skip
         torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs between processes

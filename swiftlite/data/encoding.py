@@ -51,6 +51,7 @@ class Report:
     longest: int = 0
     truncated: Group = field(default_factory=Group)
     dropped: dict[str, Group] = field(default_factory=dict)
+    parts: dict[str, Group] = field(default_factory=dict)  # rows that are kept but for some of their samples, by reason
 
     def drop(self, reason: str, source: str, number: int, count: int = 1) -> None:
         self.dropped.setdefault(reason, Group()).add(source, number, count)
@@ -70,12 +71,14 @@ class Report:
         self.longest = max(self.longest, *(len(sample.ids) for sample in samples))
         if outcome.cut:
             self.truncated.add(row.source, row.number, count)
+        if outcome.reason:
+            self.parts.setdefault(outcome.reason, Group()).add(row.source, row.number, count)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Report:
         """The reverse of dataclasses.asdict."""
-        groups = {reason: Group(**group) for reason, group in content["dropped"].items()}
-        return cls(**{**content, "truncated": Group(**content["truncated"]), "dropped": groups})
+        groups = {key: {reason: Group(**group) for reason, group in content[key].items()} for key in ("dropped", "parts")}
+        return cls(**{**content, "truncated": Group(**content["truncated"]), **groups})
 
     @property
     def dropped_rows(self) -> int:
@@ -92,8 +95,9 @@ class Report:
         )
         for part in (self, other):
             total.truncated = _joined(total.truncated, part.truncated)
-            for reason, group in part.dropped.items():
-                total.dropped[reason] = _joined(total.dropped.get(reason, Group()), group)
+            for mine, groups in ((total.dropped, part.dropped), (total.parts, part.parts)):
+                for reason, group in groups.items():
+                    mine[reason] = _joined(mine.get(reason, Group()), group)
         return total
 
     def table(self) -> str:
@@ -109,6 +113,8 @@ class Report:
             lines.append(("samples", self.samples, "some rows gave several: the template rewrites history, or they were split"))
         if self.truncated.count:
             lines.append(("truncated", self.truncated.count, "cut or split; first: " + ", ".join(self.truncated.first)))
+        for reason, group in self.parts.items():
+            lines.append(("in part", group.count, f"kept without some of their samples: {reason}; first: {', '.join(group.first)}"))
         groups = sorted(self.dropped.items(), key=lambda item: -item[1].count)
         for reason, group in groups[:REASONS]:
             lines.append(("dropped", group.count, f"{reason}; first: {', '.join(group.first)}"))
@@ -143,7 +149,8 @@ def _ahead(rows: Iterable[Row], template: Template, loss_scale: str) -> Iterator
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row: its samples, or the `reason` why there are none; `cut`: it was longer than allowed."""
+    """What became of one row: its samples, and the `reason` why there are none or why some were dropped; `cut`: what is kept was
+    longer than allowed."""
 
     row: Row
     samples: list[Sample]
@@ -168,16 +175,16 @@ def outcomes(
             else:
                 reason = "" if encoded else "nothing to learn"
                 for one in encoded:
-                    cut = cut or len(one.ids) > (max_length or len(one.ids))
                     samples, why = fit(one.ids, one.mask, max_length, truncation_strategy, one.weights)
+                    cut = cut or (bool(samples) and len(one.ids) > (max_length or len(one.ids)))
                     kept += samples
                     reason = why or reason
-            if strict and (not kept or cut):
-                what = reason if not kept else f"longer than --max_length {max_length}"
+            if strict and (reason or cut):
+                what = reason or f"longer than --max_length {max_length}"
                 raise DataError(
                     f"{row.source}:{row.number}: {what}", "--strict fails on the first such row", "correct the row, or leave --strict out"
                 )
-            yield Outcome(row, kept, "" if kept else reason, cut)
+            yield Outcome(row, kept, reason, cut)
 
 
 def encode(

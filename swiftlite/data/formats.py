@@ -15,7 +15,7 @@ import ast
 import json
 from typing import Any
 
-from swiftlite.chat.conversation import OTHER_ROLES, ROLES, Conversation, Message
+from swiftlite.chat.conversation import OTHER_ROLES, ROLES, Conversation, Message, learnt, weight
 from swiftlite.errors import DataError
 
 SYSTEM = ("system", "system_prompt")
@@ -127,25 +127,27 @@ def _turn(turn: dict[str, Any], number: int, after_call: bool, messages: list[Me
             return [{"role": role, "content": value} for role, value in sorted(pair, key=lambda item: item[0] == "assistant")]
         raise DataError(f"message {number} has neither a role nor a human/assistant pair: {', '.join(turn)}")
     content = turn.get("content", turn.get("value"))
+    rest = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value") and value is not None}
     if role in _CALL_ROLES:
         call = _parsed(content, "tool call")
         if not isinstance(call, dict) or "name" not in call:
             raise DataError(f"message {number}: a tool call must be an object with name and arguments")
         entry = {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))}}
         if after_call:
+            if (learnt(rest), weight(rest)) != (learnt(messages[-1]), weight(messages[-1])):
+                raise DataError(f"message {number}: calls of one turn are learnt alike", fix="give them the same loss and loss_scale")
             messages[-1]["tool_calls"].append(entry)
             return []
-        return [{"role": "assistant", "content": "", "tool_calls": [entry]}]
+        return [{**rest, "role": "assistant", "content": "", "tool_calls": [entry]}]
     role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise DataError(f"message {number} has the unknown role {role!r}", fix=f"roles are {', '.join(ROLES)}")
-    rest = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value") and value is not None}
     return [{**rest, "role": role, "content": content}]
 
 
 def _checked(messages: list[Message], tools: Any, labelled: bool) -> Conversation:
     """Contents are text, and there is something to learn."""
-    learnt = False
+    taught = False
     for number, message in enumerate(messages):
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
@@ -153,10 +155,10 @@ def _checked(messages: list[Message], tools: Any, labelled: bool) -> Conversatio
         if content is not None and not isinstance(content, (str, list)):
             raise DataError(f"message {number} ({message['role']}): content must be text, got {type(content).__name__}")
         if message["role"] == "assistant":
-            if not content and not message.get("tool_calls") and message.get("loss") is not False:
+            if not content and not message.get("tool_calls") and learnt(message):
                 raise DataError(f"the assistant's message {number} is empty")
-            learnt = learnt or message.get("loss") is not False
-    if labelled and not learnt:
+            taught = taught or learnt(message)
+    if labelled and not taught:
         raise DataError("no assistant message to learn from")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError("tools must be a list of objects")

@@ -1,4 +1,5 @@
-"""Whole rows into bins of a token budget: best-fit decreasing over the whole dataset (Johnson 1974). It knows lengths only."""
+"""Whole rows into bins of a token budget: best-fit decreasing over the whole dataset (Johnson 1974), or in the rows' order. It
+knows lengths only."""
 
 from __future__ import annotations
 
@@ -41,3 +42,18 @@ def pack(lengths: Sequence[int], budget: int, seed: int) -> list[list[int]]:
                 by_space[left] = []
             by_space[left].append(number)
     return [bins[i] for i in rng.permutation(len(bins)).tolist()]
+
+
+def pack_in_order(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """As `pack`, with every row in its place: a bin ends where the next row does not fit, so bins are less full."""
+    if budget < 1:
+        raise ValueError(f"budget must be positive, got {budget}")
+    bins: list[list[int]] = []
+    space = 0
+    for row, length in enumerate(lengths):
+        if not bins or length > space:
+            bins.append([])
+            space = budget
+        bins[-1].append(row)
+        space -= length
+    return bins

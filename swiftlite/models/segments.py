@@ -30,7 +30,15 @@ SIDE_BY_SIDE = 64  # documents up to here are computed several at once
 STEP = 16  # with others of about their length
 SHORT = 128  # float32 documents up to here cost torch's own kernel fewer calls than ours
 # Keywords that carry nothing attention needs: positions are already in the rotated q and k, and there is no cache.
-HARMLESS = ("position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
+# Router logits are something to collect: whether they join the loss is the loss's matter.
+HARMLESS = (
+    "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "logits_to_keep",
+)  # fmt: skip
+
+
+class Unheard(ModelError):
+    """The model's layers do not hand down to attention what it needs; stock attention is told by a mask."""
 
 
 def register() -> str:
@@ -57,16 +65,19 @@ def attend(
     **unknown: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each of the `swift_segments` documents (their lengths, which sum to T). -> [1, T, H, Dv]"""
-    rest = [name for name, value_ in unknown.items() if value_ is not None and name not in HARMLESS]
+    # None and False mean "off": many families hand all of their forward's switches down
+    rest = [name for name, value_ in unknown.items() if value_ is not None and value_ is not False and name not in HARMLESS]
     if rest or attention_mask is not None or is_causal is False:
         raise ModelError(
             f"cannot train {type(module).__name__}: its attention uses {', '.join(rest) or 'a mask of its own'}",
             "swiftlite's packed attention does not know how to apply it, and leaving it out would train another model",
         )
+    if swift_segments is None:  # all tokens would pass for one document
+        raise Unheard(f"{type(module).__name__} cannot be packed", "its layers do not tell attention where a row ends")
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # rotation leaves q and k in float32 there, and v is not
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    lengths = tuple(swift_segments) if swift_segments is not None else (query.shape[2],)
+    lengths = tuple(swift_segments)
     settings = scaling, dropout, sliding_window, softcap
     layout = _layout(lengths, query.device, onednn=kind == "cpu" and query.dtype == torch.bfloat16)
     if layout is None:
@@ -75,7 +86,8 @@ def attend(
             # split, not slices: its backward is one concatenation, where each slice's is a full-size zero tensor
             for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
         ]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2), None
+        # contiguous, as stock attention's: some models look at it through another shape
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2).contiguous(), None
     places = [documents * length for documents, length in layout.shapes]
     parts = [_Place.apply(x[0].transpose(0, 1), layout.token, layout.place).split(places) for x in (query, key, value)]
     grouped = []

@@ -72,7 +72,7 @@ class DataOptions:
     strict: bool = opt(False, "fail on the first bad row instead of counting it")
     streaming: bool = opt(False, "read and encode rows while training, block by block; needs --max_steps, memory holds one block")
     shuffle_buffer_size: int = opt(1000, "rows in a block of --streaming: shuffled and packed within it")
-    dataset_shuffle: bool = opt(True, "shuffle the training rows")
+    dataset_shuffle: bool = opt(True, "shuffle the training rows; false: they come in the order of the data, packed or not")
     data_seed: int = opt(42, "seed of sampling, splitting and shuffling")
 
 
@@ -124,7 +124,10 @@ class TrainOptions:
     )  # fmt: skip
     per_device_eval_batch_size: int = opt(1, "rows a forward pass in evaluation")
     gradient_accumulation_steps: int | None = opt(None, "forward passes a step; default, also as auto: about 16 rows a step")
-    packing: bool = opt(True, "fill every forward pass with whole rows up to its token budget; rows never see each other")
+    packing: bool = opt(
+        True, "fill every forward pass with whole rows up to its token budget; rows never see each other: a model that cannot keep them "
+        "apart (convolutions, recurrent states) is found out when it is loaded, and takes one row a forward pass"
+    )  # fmt: skip
     learning_rate: float | None = opt(None, "peak learning rate; default 1e-4 for lora, 1e-5 for full")
     lr_scheduler_type: str = opt(
         "cosine", "schedule after warm-up; wsd holds the peak and falls at the end",

@@ -16,11 +16,16 @@ PLAIN = (False, "none", "true", False)  # LoRA without --use_dora, --lora_bias, 
 
 
 def lora(options: Options, model: Any, start_from: Path | None, resumed: Path | None) -> Any:
+    from transformers.pytorch_utils import Conv1D
+
     from swiftlite.train.lora import Lora, LoraSpec
 
     source = resumed or start_from
     embeddings = "all-embedding" in options.target_modules
-    if options.quant_bits and source is not None:  # PEFT knows quantized linears
+    turned = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's linears, which only PEFT adapts
+    if turned and options.fsdp:
+        raise UsageError("--fsdp shards plain LoRA and full training", f"{type(model).__name__} needs PEFT's layers", "leave out --fsdp")
+    if (options.quant_bits or turned) and source is not None:  # PEFT knows quantized linears
         from swiftlite.train.peft_lora import PeftLora
 
         return PeftLora.read(model, source)
@@ -30,7 +35,7 @@ def lora(options: Options, model: Any, start_from: Path | None, resumed: Path | 
 
         print(f"adapter from {source}: its own settings, through PEFT")
         return PeftLora.read(model, source)
-    if variant != PLAIN or options.quant_bits:
+    if variant != PLAIN or options.quant_bits or turned:
         from swiftlite.train.peft_lora import PeftLora, Variant
 
         if start_from is not None:
@@ -46,6 +51,15 @@ def lora(options: Options, model: Any, start_from: Path | None, resumed: Path | 
     if source is not None:
         lora.load(source)
     return lora
+
+
+def mixed(tuner: Any) -> bool:
+    """Whether float32 masters are used as they are, so that products need autocast to run in the model's dtype. Plain LoRA casts
+    its own; in PEFT's layers a trained bias, embedding, norm or head would meet a bfloat16 neighbour."""
+    from swiftlite.train.full import Full
+    from swiftlite.train.peft_lora import PeftLora
+
+    return isinstance(tuner, (Full, PeftLora))
 
 
 def quantized(options: Options, dtype: Any) -> dict[str, Any]:
@@ -89,6 +103,31 @@ def freezing(options: Options) -> Any:
 
     settings = options.freeze_parameters_ratio, options.freeze_parameters_regex, options.trainable_parameters_regex
     return None if settings == (0.0, None, None) else Freezing(*settings)
+
+
+def alone(options: Options, model: Any, ranks: Any) -> bool:
+    """Whether every row needs a forward pass of its own; says why. UsageError where packing was asked for."""
+    from swiftlite.models import apart
+
+    reason = next((reason for reason in ranks.gather(apart.why_not(model)) if reason), None)
+    if reason is None:
+        return False
+    if options.packing and options.given("packing"):
+        raise UsageError(
+            f"{type(model).__name__} cannot be trained with --packing true", f"rows would see each other: {reason}",
+            "use --packing false: every row then gets a forward pass of its own, which is slower",
+        )  # fmt: skip
+    options.set("packing", False, "chosen")  # a resumed run asks for the same
+    print(f"one row a forward pass, without packing, which is slower ({type(model).__name__}: {reason})")
+    return True
+
+
+def note_experts(model: Any) -> None:
+    """Whether the router's own loss is trained on, where there is one."""
+    config = model.config.get_text_config().to_dict()
+    if "router_aux_loss_coef" in config:
+        unless = "although its config sets output_router_logits" if config.get("output_router_logits") else "as in transformers' default"
+        print(f"experts: the router's balancing loss is not part of the loss ({unless})")
 
 
 PROBED = 128  # tokens: what a token keeps is within 10 % the same from 64 to 2048 of them, and a long row takes seconds

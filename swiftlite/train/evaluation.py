@@ -26,7 +26,8 @@ class Evaluation:
     ) -> None:
         """`rows` a forward pass."""
         self.samples, self.loss, self.ranks, self.sharded, self.generate = samples, loss, ranks, sharded, generate
-        self.passes = Plan.make([len(sample.ids) for sample in samples], rows, 1, packing, False, 0).passes(0) if samples else []
+        # sums know no order, so packing may choose one
+        self.passes = Plan.make([len(sample.ids) for sample in samples], rows, 1, packing, packing, 0).passes(0) if samples else []
 
     def __bool__(self) -> bool:
         return bool(self.passes)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from swiftlite.errors import CheckpointError, TrainError
-from swiftlite.train import checkpoint, memory
+from swiftlite.train import checkpoint, gradients, memory
 from swiftlite.train.batches import Sample, collate
 from swiftlite.train.evaluation import Evaluation, Generate
 from swiftlite.train.interrupt import Interrupt
@@ -251,7 +251,9 @@ class Trainer:
                 return None, 0.0
             nll, hits = self.loss(batch)
             if check and not nll.requires_grad:
-                raise TrainError("nothing learns: the loss depends on no trained parameter", self._frozen(), "check --target_modules")
+                raise TrainError(
+                    "nothing learns: the loss depends on no trained parameter", gradients.frozen(self.named), "check --target_modules"
+                )
             (nll / targets if counts else 0 * nll).backward()
             if counts:
                 total_nll += nll.detach()
@@ -269,7 +271,7 @@ class Trainer:
 
             norm = whole(norm)
         if check:
-            self._check_gradients(norm)
+            gradients.check(self.named, norm, self.sharded, self.logbook.say)
         if self.settings.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
         rate = self.schedule(number)
@@ -342,20 +344,3 @@ class Trainer:
             "the steps were too large for this arithmetic",
             "lower --learning_rate, or use --torch_dtype float32" + (f"; the last good checkpoint is {last}" if last else ""),
         )
-
-    def _frozen(self) -> str:
-        names = [name for name, parameter in self.named if parameter.grad is None]
-        if not names:
-            first = ", ".join(name for name, _ in self.named[:3])
-            return f"those of {first}{' ...' if len(self.named) > 3 else ''} ({len(self.named)} tensors) are there, and 0"
-        return f"no gradient reached {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} of {len(self.named)} tensors)"
-
-    def _check_gradients(self, norm: torch.Tensor) -> None:
-        """After the first step's backward: something must learn."""
-        missing = [name for name, parameter in self.named if parameter.grad is None]
-        if norm == 0:
-            raise TrainError(
-                "nothing learns: every gradient of the first step is zero", self._frozen(), "check --target_modules and the data"
-            )
-        if missing:
-            self.logbook.say(f"note: {self._frozen()}; they are not used by the model's forward pass and stay as they are")

@@ -33,29 +33,28 @@ PREFIX = "base_model.model."
 NOT_PLAIN = (
     "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layers_to_transform", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
+MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # as PEFT: their kernels take out_proj's weight as it is
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class _LowRank(torch.autograd.Function):
-    """Base and adapter product in one node: x is kept once, the adapter adds in place, W gets no gradient."""
+    """Base and adapter product in one node: x is kept once, the adapter adds in place, W gets no gradient. Rows only: a view as
+    the result could not be changed in place, which some models do."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [T, in]
-        low = F.linear(flat, a.to(x.dtype))  # [T, R]
-        y = F.linear(flat, weight, bias).addmm_(low, b.to(x.dtype).T, alpha=scale)  # [T, out]
-        ctx.save_for_backward(flat, weight, a, b, low)
-        ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], -1)
+        low = F.linear(x, a.to(x.dtype))  # [T, in] -> [T, R]
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scale = scale
+        return F.linear(x, weight, bias).addmm_(low, b.to(x.dtype).T, alpha=scale)  # [T, out]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, weight, a, b, low = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])  # [T, out]
         g_low = (g @ b.to(g.dtype)).mul_(ctx.scale)  # [T, R]
         g_b = (low.T @ g).T.to(b.dtype).mul_(ctx.scale)  # this way round oneDNN is twice as fast
         g_a = (g_low.T @ x).to(a.dtype)
-        g_x = (g @ weight).addmm_(g_low, a.to(g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        g_x = (g @ weight).addmm_(g_low, a.to(g.dtype)) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_a, g_b, None
 
 
@@ -70,11 +69,21 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's: some models look at its device or dtype."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.dropout:
             low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
             return self.base(x) + F.linear(low, self.lora_B.to(x.dtype)) * self.scale
-        return _LowRank.apply(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+        rows = x.reshape(-1, x.shape[-1])
+        return _LowRank.apply(rows, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale).view(*x.shape[:-1], -1)
 
 
 class TrainedCopy(nn.Module):
@@ -150,7 +159,7 @@ class Lora:
             raise UsageError(f"--lora_rank must be at least 1, got {spec.rank}")
         self.model, self.spec = model, spec
         model.requires_grad_(False)
-        whole = _named(model, spec.modules_to_save, nn.Module, "--modules_to_save")
+        whole = _named(model, spec.modules_to_save, (nn.Module,), "--modules_to_save")
         self.linears: dict[str, LoraLinear] = {}
         self.copies: dict[str, TrainedCopy] = {}
         for name, module in whole.items():
@@ -241,13 +250,19 @@ class Lora:
         return sorted(short) if reached == set(self.linears) else sorted(self.linears)
 
 
-def select(model: PreTrainedModel, targets: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """Linears that get an adapter: `all-linear` (all but the output head), names or suffixes, or one regular expression
-    that must match a module's whole name. UsageError when a name or the expression finds no linear."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not any(_within(name, e) for e in exclude)}
+def select(
+    model: PreTrainedModel, targets: Sequence[str], exclude: Sequence[str] = (), kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
+) -> dict[str, nn.Module]:
+    """Linears (modules of one of the `kinds`) that get an adapter: `all-linear` (all but the output head), names or suffixes, or
+    one regular expression that must match a module's whole name. UsageError when a name or the expression finds no linear."""
+    linears = {
+        name: m for name, m in model.named_modules()
+        if isinstance(m, kinds) and not any(_within(name, e) for e in exclude) and _multiplies(m)
+    }  # fmt: skip
+    bypassed = {name for name in linears if model.config.model_type in MAMBA and _matches(name, "out_proj")}
     if tuple(targets) == ("all-linear",):
         head = model.get_output_embeddings()
-        chosen = {name: module for name, module in linears.items() if module is not head}
+        chosen = {name: module for name, module in linears.items() if module is not head and name not in bypassed}
         if not chosen:
             raise UsageError("no linear layer to adapt", f"{type(model).__name__} has none", "train with --tuner_type full")
         return chosen
@@ -259,11 +274,28 @@ def select(model: PreTrainedModel, targets: Sequence[str], exclude: Sequence[str
         if not chosen:
             raise UsageError(f"--target_modules {targets[0]!r} matches no linear layer", f"names look like {next(iter(linears), '-')}")
         return chosen
-    named = _named(model, targets, nn.Linear, "--target_modules")
-    return {name: linears[name] for name in named if name in linears}
+    named = _named(model, targets, kinds, "--target_modules")
+    chosen = {name: linears[name] for name in named if name in linears}
+    if bypassed & set(chosen):
+        raise UsageError(
+            f"--target_modules: {model.config.model_type} cannot have an adapter on out_proj",
+            "its kernels take that linear's weight and pass the adapter by, so PEFT refuses it", "leave it out, or use all-linear",
+        )  # fmt: skip
+    return chosen
 
 
-def _named(model: nn.Module, names: Sequence[str], kind: type[nn.Module], flag: str) -> dict[str, Any]:
+def _multiplies(module: nn.Module) -> bool:
+    """Whether it is a plain product. Some routers are linears by class, and give back more or something else."""
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes"):
+        return True
+    x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
+    with torch.no_grad():
+        out, want = module(x), F.linear(x, module.weight, module.bias)
+    return isinstance(out, Tensor) and out.shape == want.shape and torch.allclose(out.float(), want.float(), rtol=0.02, atol=0.02)
+
+
+def _named(model: nn.Module, names: Sequence[str], kind: tuple[type[nn.Module], ...], flag: str) -> dict[str, Any]:
     found: dict[str, nn.Module] = {}
     modules = {name: module for name, module in model.named_modules() if name}
     for wanted in names:
@@ -272,7 +304,7 @@ def _named(model: nn.Module, names: Sequence[str], kind: type[nn.Module], flag: 
             suffixes = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, kind)})
             known = [s for s in suffixes if not s.isdigit()]
             close = difflib.get_close_matches(wanted, known, n=1)
-            kinds = "linear layer" if kind is nn.Linear else "module"
+            kinds = "module" if kind == (nn.Module,) else "linear layer"
             raise UsageError(
                 f"{flag}: the model has no {kinds} named {wanted!r}",
                 fix=f"did you mean {close[0]!r}?" if close else f"names are: {', '.join(known[:20])}",

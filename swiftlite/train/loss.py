@@ -194,6 +194,8 @@ class TargetLoss(nn.Module):
     @torch.no_grad()
     def _plain_head(self) -> Head | None:
         """The head, when four tokens show that it is what we think it is; None: use the model's own forward."""
+        if self.model.base_model is self.model:
+            return None
         module: nn.Module = self.model.get_output_embeddings()
         dtype = self.autocast
         if isinstance(module, TrainedCopy):

@@ -58,13 +58,15 @@ class PeftLora:
     def __init__(self, model: PreTrainedModel, spec: LoraSpec, variant: Variant) -> None:
         """Freezes `model` and adapts it. UsageError when a target names nothing or PEFT refuses the combination."""
         from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
 
         if spec.rank < 1:
             raise UsageError(f"--lora_rank must be at least 1, got {spec.rank}")
         variant.check()
-        names = list(_named(model, spec.modules_to_save, nn.Module, "--modules_to_save"))
+        names = list(_named(model, spec.modules_to_save, (nn.Module,), "--modules_to_save"))
         targets = tuple(target for target in spec.target_modules if target != EMBEDDINGS)
-        chosen = list(select(model, targets, exclude=tuple(names))) if targets else []
+        chosen = list(select(model, targets, tuple(names), (nn.Linear, Conv1D))) if targets else []
+        turned = any(isinstance(model.get_submodule(name), Conv1D) for name in chosen)  # weights [in, out]
         if variant.embeddings:
             chosen += [name for name, module in model.named_modules() if module is model.get_input_embeddings()]
         start: Any = {"true": True, "false": False}.get(variant.init_weights, variant.init_weights)
@@ -72,7 +74,7 @@ class PeftLora:
             config = LoraConfig(
                 r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, use_rslora=spec.use_rslora,  # type: ignore[arg-type]
                 target_modules=chosen, modules_to_save=names or None, use_dora=variant.use_dora, bias=variant.bias,  # type: ignore[arg-type]
-                init_lora_weights=start, task_type="CAUSAL_LM",
+                init_lora_weights=start, fan_in_fan_out=turned, task_type="CAUSAL_LM",
             )  # fmt: skip
             self._take(get_peft_model(model, config))
         except (ValueError, TypeError, NotImplementedError) as error:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from swiftlite.data.packing import pack
+from swiftlite.data.packing import pack, pack_in_order
 from swiftlite.errors import UsageError
 
 ROWS_A_STEP = 16  # where the batch size is left to us
@@ -93,6 +93,10 @@ class Plan:
         passes = accumulation or max(1, round(ROWS_A_STEP / rows / ranks))
         return Plan(tuple(lengths), rows, passes * ranks, packing, shuffle, seed)
 
+    def alone(self) -> Plan:
+        """As many rows a step, one a forward pass."""
+        return replace(self, rows=1, accumulation=self.accumulation * self.rows, packing=False)
+
     @cached_property
     def budget(self) -> int:
         """Tokens a packed forward pass may hold; a longer row goes alone."""
@@ -103,6 +107,8 @@ class Plan:
         seed = self.seed + epoch
         if self.packing:
             capped = [min(length, self.budget) for length in self.lengths]
+            if not self.shuffle:
+                return pack_in_order(capped, self.budget)
             full = pack(capped, self.budget, seed)
             even = spread(capped, len(full), seed)
             return even if max(sum(capped[i] for i in rows) for rows in even) <= self.budget else full

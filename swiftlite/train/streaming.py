@@ -36,6 +36,13 @@ class StreamPlan:
         self.plan = Plan.make([len(s.ids) for s in samples], *self.settings, self.seed + self.place.block, self.ranks)
         self.steps = self.plan.epoch(0)
 
+    def alone(self) -> StreamPlan:
+        """From here on as many rows a step, one a forward pass."""
+        self.plan = self.plan.alone()
+        self.packing, self.steps = False, self.plan.epoch(0)
+        self.settings = (1, self.plan.accumulation // self.ranks, False, self.plan.shuffle)
+        return self
+
     def step(self, number: int) -> list[list[int]]:
         """Forward passes of the 0-based optimizer step."""
         assert number >= self.first_step, "a stream does not go back"
