@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,10 @@ from swiftlite.models.loading import load_model
 from swiftlite.models.segments import register
 from swiftlite.train import loss as loss_module
 from swiftlite.train.batches import collate
+from swiftlite.train.lora import Lora, LoraSpec
 from swiftlite.train.loss import Head, TargetLoss, chunked_nll, filler, rounded
+from swiftlite.train.peft_lora import PeftLora, Variant
+from tests.test_must_hold import Largest
 from tests.test_segments import rows
 
 CPU = torch.device("cpu")
@@ -89,11 +94,73 @@ def test_heads_are_understood(make_model, family, overrides):
     assert chunked[1].item() == stock[1].item()
 
 
-def test_unknown_head_goes_through_the_stock_forward(make_model):
+HEADS = {  # family, config, what the adapter is: heads that are more than a product with a frozen weight
+    "bias": ("phi", {}, None),
+    "multiplier": ("falcon_h1", {}, None),
+    "soft cap": ("recurrent_gemma", {}, None),
+    "adapter": ("qwen3", {}, (LoraSpec(4, 8, target_modules=("q_proj", "lm_head")), None)),
+    "DoRA": ("qwen3", {}, (LoraSpec(4, 8, target_modules=("q_proj", "lm_head")), Variant(use_dora=True))),
+    "trained, through PEFT": ("gemma2", {"final_logit_softcapping": 8.0}, (LoraSpec(4, 8, modules_to_save=("lm_head",)), Variant(True))),
+    "trained bias": ("phi", {}, "full"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_other_heads_are_applied_in_chunks(make_model, monkeypatch, kind, smoothing):
+    """The stock forward's loss and gradients, and never more than a chunk of logits in a forward pass."""
+    family, settings, adapter = HEADS[kind]
+    model = load_model(make_model(family, **settings), torch.float32, CPU, register())
+    vocabulary = model.config.vocab_size
+    model.requires_grad_(adapter == "full")
+    if isinstance(adapter, tuple):
+        tuner = Lora(model, adapter[0]) if adapter[1] is None else PeftLora(model, *adapter)
+        torch.manual_seed(0)
+        for _, parameter in tuner.named_parameters():
+            parameter.data += torch.randn_like(parameter) * 0.05
+    elif adapter is None:
+        model.get_input_embeddings().requires_grad_(True)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 16 * 4 * vocabulary)  # 16 rows
+    loss = TargetLoss(model, smoothing=smoothing)
+    assert loss.head is not None and loss.head.plain == (kind in ("multiplier", "soft cap"))
+    batch = collate(rows(120, seed=3), CPU)
+    batch = replace(batch, weights=torch.linspace(0.1, 2, batch.targets)) if smoothing else batch
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for head in (loss.head, None):
+        loss.head = head
+        model.zero_grad()
+        nll, hits = loss.train()(batch)
+        nll.backward()
+        results.append((nll.item(), hits.item(), [p.grad.clone() if p.grad is not None else None for p in trained]))
+        with Largest(vocabulary) as seen, torch.no_grad():
+            value, _ = loss.eval()(batch)
+        weight = model.config.hidden_size if kind == "DoRA" else 0  # it makes the head's weight anew
+        assert 0 < seen.rows <= max(16, weight) < batch.targets
+        assert smoothing or value.item() == pytest.approx(nll.item(), rel=1e-5)
+    (mine, mine_hits, grads), (stock, stock_hits, wanted) = results
+    assert mine == pytest.approx(stock, rel=1e-5) and mine_hits == stock_hits
+    for grad, want in zip(grads, wanted, strict=True):
+        assert (grad is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(grad, want, rtol=1e-3, atol=1e-5 * max(1.0, want.abs().max().item()))
+
+
+def test_unknown_head_goes_through_the_stock_forward(make_model, monkeypatch):
     model = load_model(make_model("llama"), torch.float32, CPU, register())
-    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Hardtanh())  # a head that no config key announces
+
+    def squash(module, args, out):  # after the head, and announced by no config key
+        out.logits = torch.tanh(out.logits)
+
+    model.register_forward_hook(squash)
     loss = TargetLoss(model)
     assert loss.head is None
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 0)  # 16 rows of logits at a time in evaluation
+    batch = collate(rows(40, 30), CPU)
+    with torch.no_grad():
+        value, hits = loss(batch)
+    whole, whole_hits = loss(batch)
+    assert batch.targets > 32 and value.item() == pytest.approx(whole.item(), rel=1e-5) and hits == whole_hits
     sample = rows(12)[0]
     nll, _ = loss(collate([sample], CPU))
     ids = torch.tensor(sample.ids.astype(np.int64))[None]

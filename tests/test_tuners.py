@@ -233,12 +233,27 @@ def test_optimizers_learn(name, sft):  # noqa: F811
 def test_lora_plus_and_decay_groups():
     shapes = {"a.lora_A": (2, 4), "a.lora_B": (4, 2), "norm.weight": (4,), "embed_tokens.weight": (6, 4)}
     named = [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
-    groups = build(named, 1e-3, OptimizerSettings(lora_plus=16.0)).param_groups
+    groups = build(named, 1e-3, OptimizerSettings(lora_plus=16.0), torch.nn.Module()).param_groups
     settings = {id(p): (group["ratio"], group["weight_decay"]) for group in groups for p in group["params"]}
     found = {name: settings[id(p)] for name, p in named}
     assert found == {"a.lora_A": (1, 0.1), "a.lora_B": (16, 0.1), "norm.weight": (1, 0), "embed_tokens.weight": (1, 0.1)}
-    muon = build(named, 1e-3, OptimizerSettings("muon"))
+    muon = build(named, 1e-3, OptimizerSettings("muon"), torch.nn.Module())
     assert [sum(len(g["params"]) for g in part.param_groups) for part in muon.parts] == [2, 2]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "phi"])
+def test_muon_leaves_embeddings_and_heads_to_adamw(make_model, family):
+    """Whatever their names: GPT-2's are wte and wpe."""
+    net = load(make_model(family))
+    named = list(Full(net, torch.float32).named_parameters())
+    inner, outer = build(named, 1e-3, OptimizerSettings("muon"), net).parts
+    names = {id(p): name for name, p in named}
+    inner_names, outer_names = ([names[id(p)] for group in part.param_groups for p in group["params"]] for part in (inner, outer))
+    assert len(inner_names) + len(outer_names) == len(named)
+    tables = [net.get_input_embeddings().weight, net.get_output_embeddings().weight]
+    tables += [net.transformer.wpe.weight] if family == "gpt2" else []
+    assert {names[id(table)] for table in tables} <= set(outer_names)
+    assert all("attn" in name or "mlp" in name for name in inner_names) and len(inner_names) >= 4
 
 
 def test_lora_plus_moves_b_further(sft):  # noqa: F811

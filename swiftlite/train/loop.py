@@ -103,7 +103,7 @@ class Trainer:
         self.heard: signal.Signals | None = None
         self.progress = Progress()
         self._reset_window()
-        self.optimizer = build(self.named, schedule.peak, settings.optimizer)
+        self.optimizer = build(self.named, schedule.peak, settings.optimizer, model)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Only the hidden states of target positions meet the output head, some rows at a time, and the gradient is computed on the
 way (softmax minus one-hot is at hand then): two matrix products where recomputing takes three, three for a head that is
-trained. Sums and softmax are float32. Heads with a logit scale or soft cap are covered; whether we understand a model's
+trained. A head that is more than a product (a bias, an adapter on it) is applied to the same rows and recomputed for its
+gradient. Sums and softmax are float32. Heads with a logit scale or soft cap are covered; whether we understand a model's
 head is checked by comparing with its own forward, and a head that we do not understand goes through that forward.
 
 Does not know: batches' origin, optimizers. Divides by nothing: the caller knows the step's global number of targets.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from swiftlite.train.batches import Batch
 from swiftlite.train.lora import TrainedCopy
@@ -35,15 +37,24 @@ class Head:
     dtype: torch.dtype  # of the products
     scale: float = 1.0
     softcap: float | None = None
+    plain: bool = True  # False: the product is whatever `module` makes of the hidden states
 
     @property
     def weight(self) -> Tensor:  # [V, D]
         return self.module.get_parameter("weight")
 
     def logits(self, hidden: Tensor) -> Tensor:  # [N, D] -> [N, V] float32
-        z = F.linear(hidden.to(self.dtype), self.weight.to(self.dtype)).float()
-        z = z if self.scale == 1 else z.mul_(self.scale)
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.plain:
+            z = F.linear(hidden.to(self.dtype), self.weight.to(self.dtype)).float()
+        else:
+            z = self.module(hidden).float()
+        z = z if self.scale == 1 else z * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+
+def chunk(vocabulary: int) -> int:
+    """Rows of logits that are held at once."""
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
 def filler(count: int) -> int:
@@ -78,7 +89,7 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         total = torch.zeros((), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64, device=hidden.device)
         hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        rows = max(1, min(max(16, CHUNK_BYTES // (4 * len(weight))), len(labels)))
+        rows = max(1, min(chunk(len(weight)), len(labels)))
         # One pair of buffers for all chunks: fresh memory of this size would be zeroed page by page each time.
         shape = rows + filler(rows), len(weight)
         narrow = torch.empty(shape, dtype=head.dtype, device=hidden.device)
@@ -88,7 +99,7 @@ class _ChunkedNLL(torch.autograd.Function):
             count = len(h)
             if head.dtype == torch.bfloat16 and h.device.type == "cpu":
                 h, label = (F.pad(x, (0, 0, 0, filler(count))) for x in (h, label))
-            z = torch.mm(h, w.T, out=narrow[: len(h)])  # [n, V]
+            z = torch.mm(h, w.t(), out=narrow[: len(h)])  # [n, V]
             if wide is not narrow:
                 z = wide[: len(h)].copy_(z)
             if head.scale != 1:
@@ -150,6 +161,34 @@ def chunked_nll(hidden: Tensor, labels: Tensor, head: Head, smoothing: float = 0
     return _ChunkedNLL.apply(hidden, head.weight, labels, head, smoothing, weights)
 
 
+def applied_nll(
+    hidden: Tensor, labels: Tensor, head: Head, vocabulary: int, smoothing: float = 0.0, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `chunked_nll`, for a head that is not plain. Its logits are computed again in the backward pass unless they are one chunk."""
+
+    def part(h: Tensor, label: Tensor, weigh: Tensor | None) -> tuple[Tensor, Tensor]:
+        count = len(h)
+        if head.dtype == torch.bfloat16 and h.device.type == "cpu":
+            h = F.pad(h, (0, 0, 0, filler(count)))
+        return nll_of(head.logits(h)[:count], label, smoothing, weigh)
+
+    rows, parts = chunk(vocabulary), []
+    for start in range(0, len(labels), rows):
+        at = slice(start, start + rows)
+        inputs = hidden[at], labels[at], None if weights is None else weights[at]
+        again = torch.is_grad_enabled() and len(labels) > rows
+        parts.append(checkpoint(part, *inputs, use_reentrant=False) if again else part(*inputs))
+    return torch.stack([nll for nll, _ in parts]).sum(), torch.stack([hits for _, hits in parts]).sum()
+
+
+def nll_of(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logits [N, V] float32 -> as `chunked_nll`."""
+    hits = (logits.argmax(1) == labels).sum()
+    if weights is None:
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing), hits
+    return (F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing) * weights).sum(), hits
+
+
 class TargetLoss(nn.Module):
     """A model's loss on a Batch. `autocast`: the dtype of matrix products where the parameters are float32 masters;
     `smoothing`: of the labels, in training mode only. A module, so that every use of a parameter lies in one forward."""
@@ -158,7 +197,9 @@ class TargetLoss(nn.Module):
         super().__init__()
         self.model, self.autocast, self.smoothing = model, autocast, smoothing
         self.onednn = self.device.type == "cpu" and (autocast or model.dtype) == torch.bfloat16
-        self.head = self._plain_head()
+        self.sharded = False  # then every process makes as many passes through the model
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.head = self._known_head()
 
     @property
     def device(self) -> torch.device:
@@ -172,17 +213,27 @@ class TargetLoss(nn.Module):
             batch = rounded(batch)
         with self._precision():
             if self.head is None:
-                logits = self.model(
-                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=batch.keep,
-                    swift_segments=batch.lengths,
-                ).logits[0].float()  # fmt: skip
-                hits = (logits.argmax(1) == batch.labels).sum()
-                if batch.weights is None:
-                    return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing), hits
-                each = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
-                return (each * batch.weights).sum(), hits
+                return self._own(batch, smoothing)
             hidden = self._hidden(batch.input_ids, batch.position_ids, batch.lengths)[batch.keep]
-            return chunked_nll(hidden, batch.labels, self.head, smoothing, batch.weights)
+            if self.head.plain:
+                return chunked_nll(hidden, batch.labels, self.head, smoothing, batch.weights)
+            return applied_nll(hidden, batch.labels, self.head, self.vocabulary, smoothing, batch.weights)
+
+    def _own(self, batch: Batch, smoothing: float) -> tuple[Tensor, Tensor]:
+        """Through the model's own forward. Without gradients it is run for some targets at a time: slower, in bounded memory."""
+        count = len(batch.labels)
+        size = count if torch.is_grad_enabled() or self.sharded else chunk(self.vocabulary)
+        nll, hits = [], []
+        for start in range(0, count, size):
+            at = slice(start, start + size)
+            logits = self.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=batch.keep[at],
+                swift_segments=batch.lengths,
+            ).logits[0].float()  # fmt: skip
+            one = nll_of(logits, batch.labels[at], smoothing, None if batch.weights is None else batch.weights[at])
+            nll.append(one[0])
+            hits.append(one[1])
+        return torch.stack(nll).sum(), torch.stack(hits).sum()
 
     def _precision(self) -> AbstractContextManager:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
@@ -192,20 +243,20 @@ class TargetLoss(nn.Module):
         return body(input_ids=input_ids, position_ids=position_ids, use_cache=False, swift_segments=lengths).last_hidden_state[0]
 
     @torch.no_grad()
-    def _plain_head(self) -> Head | None:
+    def _known_head(self) -> Head | None:
         """The head, when four tokens show that it is what we think it is; None: use the model's own forward."""
         if self.model.base_model is self.model:
             return None
         module: nn.Module = self.model.get_output_embeddings()
-        dtype = self.autocast
+        own, dtype = module, self.autocast
         if isinstance(module, TrainedCopy):
             dtype = module.dtype
             module = module.whole
-        if not isinstance(module, nn.Linear) or module.bias is not None:
-            return None
+        plain = type(module) is nn.Linear and module.bias is None
         config = self.model.config.to_dict()
-        scale = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1)
-        head = Head(module, dtype or module.weight.dtype, scale, config.get("final_logit_softcapping"))
+        scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1 / (config.get("logits_scaling") or 1)
+        softcap = config.get("final_logit_softcapping") or config.get("logits_soft_cap")
+        head = Head(module if plain else own, dtype or next(module.parameters()).dtype, scale, softcap, plain)
         ids = torch.arange(4, device=self.device)[None]
         training = self.model.training
         self.model.eval()
@@ -214,4 +265,5 @@ class TargetLoss(nn.Module):
             stock = self.model(input_ids=ids, position_ids=ids, use_cache=False, swift_segments=(4,)).logits[0].float()
         self.model.train(training)
         close = 1e-4 if head.dtype in (torch.float32, torch.float64) else 3e-2
-        return head if torch.allclose(mine, stock, rtol=close, atol=close * stock.abs().max().item()) else None
+        same = mine.shape == stock.shape and torch.allclose(mine, stock, rtol=close, atol=close * stock.abs().max().item())
+        return head if same else None

@@ -29,11 +29,12 @@ class OptimizerSettings:
     lora_plus: float = 1.0  # rate of B over that of A
 
 
-def build(named: Sequence[tuple[str, nn.Parameter]], rate: float, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """UsageError when its package is missing."""
+def build(named: Sequence[tuple[str, nn.Parameter]], rate: float, settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """`named`: the trained parameters of `model`. UsageError when its package is missing."""
     if settings.name == "muon":
-        inner = [(name, p) for name, p in named if _in_muon(name, p)]
-        outer = [(name, p) for name, p in named if not _in_muon(name, p)]
+        tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+        inner = [(name, p) for name, p in named if _in_muon(name, p) and id(p) not in tables]
+        outer = [(name, p) for name, p in named if not _in_muon(name, p) or id(p) in tables]
         return Muon(_groups(inner, settings), _groups(outer, settings), rate, settings)
     groups = _groups(named, settings)
     if settings.name == "sgd":

@@ -45,6 +45,7 @@ def shard(loss: TargetLoss, device: torch.device, kind: str) -> None:
         raise UsageError(
             f"--fsdp cannot split {type(loss.model).__name__}", "its decoder layers are of no known kind", "leave out --fsdp"
         )  # fmt: skip
+    loss.sharded = True
     loss.onednn = loss.onednn and device.type == "cpu"  # it was loaded on the host
     policy = MixedPrecisionPolicy(param_dtype=loss.autocast, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
