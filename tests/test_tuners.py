@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 
@@ -171,11 +172,8 @@ def test_wrong_settings_are_explained(sft, flags, message, capsys):  # noqa: F81
     assert message in capsys.readouterr().err
 
 
-def test_eight_bits_need_their_package(sft, capsys):  # noqa: F811
-    from importlib.util import find_spec
-
-    if find_spec("bitsandbytes") is not None:
-        pytest.skip("bitsandbytes is installed")
+def test_eight_bits_need_their_package(sft, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as where it is not installed
     sft("--optim", "adamw_8bit", *QUIET, code=2)
     assert "pip install bitsandbytes" in capsys.readouterr().err
 
