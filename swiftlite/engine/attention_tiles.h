@@ -163,7 +163,7 @@ INLINE void block(Unit, float* out, int out_stride, int width, const bf16* left,
 #endif
 
 // One softmax step of 16 rows: scores s[16][stride] of `columns` keys become weights p[16][stride]; maximum, total and out[16][width]
-// keep up. Row r sees the keys from last[r] - window + 1 (0: all) up to last[r]. Maxima are in powers of two.
+// keep up. Row r sees the keys from last[r] - window + 1 (window 0: all) up to last[r]. Maxima are exponents of two.
 template <class Left>
 INLINE void soften_rows(const Args& a, float* s, Left* p, int stride, int columns, const int* last, float* maximum, float* total, float* out,
                         int width) {

@@ -3,7 +3,7 @@
 // Pools are [blocks, G, S, D] (see kv.py). A call takes any mix of sequences; work is cut into tasks that threads take in turn:
 //   rows    one query of one sequence and some KV heads, all query heads of each together: each K and V is read once (decode).
 //           Long contexts are split, and the parts are merged by their softmax weights.
-//   tiles   64 rows or more (queries x heads of one KV head) against 64 keys at a time, with a running softmax (prefill). With
+//   tiles   64 rows or more (queries x heads of one KV head) against 64 keys or more at a time, with a running softmax (prefill). With
 //           AVX512-BF16 both products are pairs-of-bfloat16 dot products on repacked K and V, in the matrix unit where there is
 //           one; else fp32.
 // The softmax is fp32 throughout. Nothing outside a sequence's own tokens is read.
