@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["swiftlite", "swiftlite.*"], exclude=["swiftlite.swift"]), "swift"],
     package_dir={"swift": "swiftlite/swift"},
-    package_data={"swiftlite": ["data/*.jsonl", "models/tiny_chat/*", "engine/*.cpp", "engine/*.h"]},
+    package_data={"swiftlite": ["data/*.jsonl", "models/tiny_chat/*", "kernels/*.cpp", "kernels/*.h"]},
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("ui", "vllm", "ray", "test")},
     entry_points={"console_scripts": ["swift=swiftlite.cli:main", "swiftlite=swiftlite.cli:main"]},

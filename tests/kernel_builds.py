@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 
-from swiftlite.engine.native import cpu_name
+from swiftlite.kernels.build import cpu_name
 
 X86 = platform.machine() == "x86_64"
 AVX2: tuple[str, ...] = ("-mavx2", "-mfma") if X86 else ()

@@ -16,8 +16,8 @@ from swiftlite.adapters.config import AdapterConfig
 from swiftlite.adapters.convert import to_peft
 from swiftlite.adapters.directory import read
 from swiftlite.engine.lora_native import NativeLora
-from swiftlite.engine.native import load_library
 from swiftlite.errors import AdapterError, SwiftError
+from swiftlite.kernels.build import load_library
 from swiftlite.models.shards import open_shards
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from swiftlite.engine.aside import NICE, aside, give_way
-from swiftlite.engine.native import load_library
+from swiftlite.kernels.build import load_library
 
 
 def test_it_has_one_core_and_leaves_the_others_theirs() -> None:

@@ -14,13 +14,13 @@ from conftest import FAMILIES
 from test_attention_cpu import CPU, GEOMETRIES, make_case
 from test_runner import generate, make_runner, prompts_for
 
-from swiftlite.engine import native
 from swiftlite.engine.attention_cpu import SequenceSlice, paged_attention
 from swiftlite.engine.attention_native import NativeBatch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.kv import AttentionLayer, KVCache
 from swiftlite.engine.panels import choose_pack
 from swiftlite.engine.runner import Runner
+from swiftlite.kernels import build as native
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
 
@@ -57,14 +57,15 @@ def test_equals_the_textbook_and_torch(geometry: str, window: int | None, softca
 @pytest.fixture(scope="module", params=kernel_builds.RUN)
 def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library as a machine with fewer instructions builds it."""
-    return native.build(tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param])
+    return native.build("engine", tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param])
 
 
 @needs_compiler
 @pytest.mark.skipif(not kernel_builds.X86, reason="flags of x86 compilers")
 @pytest.mark.parametrize("name", kernel_builds.COMPILE)
-def test_every_generation_of_cpus_can_build_the_kernels(name: str, tmp_path: Path) -> None:
-    assert native.build(tmp_path, kernel_builds.COMPILE[name]).is_file()
+@pytest.mark.parametrize("library", native.LIBRARIES)
+def test_every_generation_of_cpus_can_build_the_kernels(library: str, name: str, tmp_path: Path) -> None:
+    assert native.build(library, tmp_path, kernel_builds.COMPILE[name]).is_file()
 
 
 @needs_compiler
@@ -124,22 +125,27 @@ def test_a_model_gives_the_same_tokens_with_and_without_kernels(family: str, mak
 
 @needs_compiler
 def test_built_once_and_found_again(tmp_path: Path) -> None:
-    first = native.build(tmp_path, kernel_builds.AVX2)
+    first = native.build("engine", tmp_path, kernel_builds.AVX2)
     stamp = first.stat().st_mtime_ns
-    assert native.build(tmp_path, kernel_builds.AVX2) == first and first.stat().st_mtime_ns == stamp
+    assert native.build("engine", tmp_path, kernel_builds.AVX2) == first and first.stat().st_mtime_ns == stamp
     assert os.listdir(tmp_path) == [first.name]  # nothing else is left behind
+
+
+def forget() -> None:
+    native.load_library.cache_clear()
+    native._none.cache_clear()
 
 
 def test_without_a_compiler_torch_takes_over(monkeypatch, capsys, make_model) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    native.load_library.cache_clear()
+    forget()
     try:
         assert native.load_library() is None
         assert "no C++ compiler" in capsys.readouterr().out
         assert make_runner(make_model("llama")).bridge.library is None
     finally:
-        native.load_library.cache_clear()
+        forget()
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch, capsys, tmp_path: Path) -> None:
@@ -148,13 +154,13 @@ def test_a_compiler_that_fails_is_named(monkeypatch, capsys, tmp_path: Path) -> 
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    native.load_library.cache_clear()
+    forget()
     try:
         assert native.load_library() is None
         assert "no such header" in capsys.readouterr().out
         assert not list((tmp_path / "cache").rglob("*.so"))
     finally:
-        native.load_library.cache_clear()
+        forget()
 
 
 def test_a_directory_others_can_write_is_not_used(monkeypatch, tmp_path: Path) -> None:

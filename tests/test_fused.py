@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from swiftlite.engine.bridge import NAME, Bridge
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.fused import Kernels, _fuse_gate, _fuse_norm, _Rope, fuse
 from swiftlite.engine.layers import _trial, fuse_layers
-from swiftlite.engine.native import load_library
 from swiftlite.engine.runner import Runner
+from swiftlite.kernels.build import load_library
+from swiftlite.kernels.steps import Kernels
+from swiftlite.models.fused import _fuse_gate, _fuse_norm, _Rope, fuse
 from swiftlite.models.loading import load_model
 
 pytestmark = needs_compiler
@@ -23,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def kernels() -> Kernels:
-    library = load_library()
+    library = load_library("steps")
     assert library is not None
     return Kernels(library)
 
@@ -133,7 +134,7 @@ def test_a_fused_model_equals_the_plain_one(family: str, dtype: torch.dtype, mak
 def test_what_is_fused(make_model) -> None:
     """The families that speed matters most for do get the kernels."""
     runner = Runner(make_model("qwen3"), EngineConfig(num_blocks=8), torch.float32, CPU, plain=True)
-    done = fuse(runner.model, load_library())
+    done = fuse(runner.model, kernels())
     assert (len(done.norms), len(done.gates), done.ropes) == (3 * 4 + 1, 3, 1)
 
 
@@ -153,7 +154,7 @@ def test_a_layer_that_only_looks_alike_is_restored(make_model) -> None:
     layer.forward = lambda *args, **kwargs: 0.5 * stock(*args, **kwargs)
     own, bridge = layer.forward, Bridge(model, CPU)
     before = _trial(bridge)
-    assert fuse_layers(bridge, fuse(model, load_library())) == 0
+    assert fuse_layers(bridge, fuse(model, kernels())) == 0
     assert layer.forward is own and "forward" not in vars(model.model.layers[0])
     torch.testing.assert_close(_trial(bridge), before, rtol=2e-4, atol=2e-4)
 

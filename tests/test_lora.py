@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from swiftlite.engine import lora_ops
 from swiftlite.engine.lora import LoraManager
 from swiftlite.engine.lora_native import NativeLora
-from swiftlite.engine.native import load_library
 from swiftlite.errors import AdapterError, RequestError
+from swiftlite.kernels.build import load_library
 from swiftlite.models import segments
 
 TOKENS = [[5, 9, 30, 42, 7, 11, 80], [31, 4, 4, 17], [12, 13, 14, 20, 15], [9, 8, 7, 6, 5, 4, 3, 25, 26]]

@@ -8,8 +8,8 @@ import kernel_builds
 import pytest
 import torch
 
-from swiftlite.engine.native import build, load_library
 from swiftlite.engine.panels import Panels, PanelWeight, choose_pack
+from swiftlite.kernels.build import build, load_library
 from swiftlite.models.packed import OneDnnWeight
 
 library = load_library()
@@ -21,7 +21,7 @@ def panels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """This machine's product, and on one with a matrix unit also that of the vectors."""
     if request.param == "here":
         return Panels(library)  # type: ignore[arg-type]
-    return Panels(ctypes.CDLL(str(build(tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
+    return Panels(ctypes.CDLL(str(build("engine", tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 12, 13, 24, 31, 33, 100, 300])

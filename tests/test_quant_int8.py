@@ -10,12 +10,12 @@ import kernel_builds
 import pytest
 import torch
 
-from swiftlite.engine import native
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.engine import Engine
 from swiftlite.engine.int8 import Kernels, PanelInt8, PlainInt8, choose_int8, new_int8
 from swiftlite.engine.request import SamplingParams
 from swiftlite.errors import ModelError
+from swiftlite.kernels import build as native
 from swiftlite.quantize import packed
 from swiftlite.quantize.rounding import round_to_nearest
 
@@ -33,7 +33,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("needs a C++ compiler")
     if request.param == "kernel":
         return Kernels(HERE)
-    return Kernels(ctypes.CDLL(str(native.build(tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
+    return Kernels(ctypes.CDLL(str(native.build("engine", tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
 
 
 def make(kernels: Kernels | None, n: int, k: int, seed: int = 0) -> tuple[PlainInt8 | PanelInt8, torch.Tensor]:

@@ -34,13 +34,14 @@ class World:
     budget: int = 16
     caching: bool = True
     speculate: int = 0
+    alone: int = 0
     slots: dict[int, tuple] = field(default_factory=dict)
     numbers: itertools.count = field(default_factory=itertools.count)
     chance: random.Random = field(default_factory=lambda: random.Random(0))  # of beams and of drafts' verdicts
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, BLOCK, self.caching)
-        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.budget, self.speculate)
+        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.budget, self.speculate, self.alone)
         self.proposed = self.accepted = self.searches = 0
         self.live: list[Request] = []
         self.admitted: list[Sequence] = []  # in order of their first step
@@ -83,9 +84,11 @@ class World:
 
     def step(self, token=lambda seq: 1) -> list:
         """One step of the loop, with every check that can be made."""
+        answers = {id(seq) for seq in self.scheduler.running if not seq.paused and len(seq.token_ids) - seq.num_computed == 1}
         batch = self.scheduler.schedule()
         assert batch or self.scheduler.idle, "work is left, but nothing runs"
-        assert sum(item.count for item in batch) <= self.budget
+        waited_for = any(id(item.seq) in answers for item in batch)
+        assert sum(item.count for item in batch) <= (self.budget if waited_for else max(self.budget, self.alone))
         assert len(self.scheduler.running) <= self.max_num_seqs
         self.scheduler.check()
         copied = {}
@@ -196,6 +199,7 @@ def test_fuzz(seed: int):
         budget=rng.choice([5, 16, 64]),
         caching=rng.random() < 0.8,
         speculate=rng.choice([0, 3, 6]),
+        alone=rng.choice([0, 100]),
     )
     room = world.num_blocks * BLOCK
     stems = [[rng.randrange(5) for _ in range(16)] for _ in range(3)]
@@ -229,6 +233,15 @@ def test_running_answers_get_a_token_every_step_while_a_long_prompt_arrives():
         batch = world.step()
         assert len(first.sequences[0].token_ids) == before + 1
         assert sum(item.count for item in batch) == 8, "the budget is used up"
+    world.run()
+
+
+def test_a_step_that_nobody_waits_for_may_be_longer():
+    world = World(num_blocks=100, budget=8, alone=50)
+    world.add(list(range(80)), answer=3)
+    assert [sum(item.count for item in world.step()) for _ in range(3)] == [50, 30, 1]
+    world.add(list(range(100, 130)), answer=1)
+    assert sum(item.count for item in world.step()) == 8
     world.run()
 
 

@@ -37,6 +37,7 @@ CHEAP, CHEAP_CUDA = 1.5e9, 16e9  # bytes of weights up to which the report's ans
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """The stock model around the same parameters: a copy of its modules, without plain adapters and hooks."""
+    from swiftlite.models.fused import unfuse
     from swiftlite.train.lora import LoraLinear, _replace
 
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
@@ -46,6 +47,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
         module._forward_pre_hooks.clear()
         if isinstance(module, LoraLinear):
             _replace(stock, name, module.base)
+    unfuse(stock)
     return stock.eval()
 
 

@@ -122,6 +122,7 @@ def _train(
     tuner: Any = Full(model, dtype, build.freezing(options)) if full else build.lora(options, model, start_from, resumed)
     if tensors is not None:
         tuner.load_masters(tensors.get("masters", {}))
+    build.fuse_steps(options, model, tuner)
     loss = TargetLoss(model, dtype if build.mixed(tuner) and dtype != torch.float32 else None, options.label_smoothing_factor)
     if options.neftune_noise_alpha is not None:
         neftune.attach(model, options.neftune_noise_alpha)

@@ -28,7 +28,7 @@ def in_own_thread(function: Callable[[], T]) -> T:
 
 
 def aside(function: Callable[[], T], library: ctypes.CDLL | None) -> T:
-    """What the function returns or raises. Without `library` (native.py) torch's operations take all cores as everywhere."""
+    """What the function returns or raises. Without `library` (kernels/build.py) torch's operations take all cores as everywhere."""
     with ThreadPoolExecutor(1, "swiftlite-aside", _one_core, (library,)) as pool:
         return pool.submit(function).result()
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.kv import AttentionLayer, KVCache
 
-DTYPES = (torch.float32, torch.bfloat16)
-
 
 class _Args(ctypes.Structure):
     """struct Args of paged_attention.cpp."""

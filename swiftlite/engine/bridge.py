@@ -25,11 +25,12 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from swiftlite.engine.attention_cpu import SequenceSlice, paged_attention
-from swiftlite.engine.attention_native import DTYPES, NativeBatch
+from swiftlite.engine.attention_native import NativeBatch
 from swiftlite.engine.kv import AttentionLayer, KVCache
-from swiftlite.engine.native import load_library
 from swiftlite.engine.rope import freeze_rope
 from swiftlite.errors import ModelError
+from swiftlite.kernels.build import load_library
+from swiftlite.kernels.steps import DTYPES
 
 if TYPE_CHECKING:
     from swiftlite.engine.attention_cuda import DevicePages

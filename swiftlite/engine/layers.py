@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.attention_native import HeadNorms
 from swiftlite.engine.bridge import Bridge, ForwardBatch, Pages
-from swiftlite.engine.fused import Fused
 from swiftlite.engine.kv import AttentionLayer, KVCache
+from swiftlite.models.fused import Fused
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -33,12 +33,13 @@ from swiftlite.adapters.directory import Adapter, read, read_header
 from swiftlite.adapters.files import Buffer
 from swiftlite.engine.aside import aside
 from swiftlite.engine.lora_extras import Extras
-from swiftlite.engine.lora_native import DTYPES, NativeLora
+from swiftlite.engine.lora_native import NativeLora
 from swiftlite.engine.lora_ops import Job, Segment, plan
 from swiftlite.engine.lora_room import AdapterInfo, AdapterVersion, HostCache, Room, Waiter
 from swiftlite.engine.lora_store import Weights, WeightStore
 from swiftlite.engine.lora_taps import Layers
 from swiftlite.errors import AdapterError, RequestError, SwiftError
+from swiftlite.kernels.steps import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +56,7 @@ class LoraManager:
     ) -> None:  # fmt: skip
         """`memory`: bytes for all adapters' weights, None: no limit. `host_memory`: bytes to keep what was read, beside a GPU.
 
-        `library`: the C++ kernels (native.py).
+        `library`: the C++ kernels (kernels/build.py).
         """
         self.max_rank = max_rank
         self.layers = Layers(model)

@@ -17,7 +17,6 @@ from swiftlite.adapters.digest import LANES
 from swiftlite.engine.lora_ops import Segment, Stack
 from swiftlite.engine.panels import PanelWeight
 
-DTYPES = (torch.float32, torch.bfloat16)
 MANY_ROWS = 16  # a segment of more rows is cut into larger pieces of work
 
 

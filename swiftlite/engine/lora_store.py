@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from swiftlite.adapters.directory import Adapter, LoraWeights, check_finite, not_finite
 from swiftlite.engine.aside import give_way
 from swiftlite.engine.lora_extras import Extras, TokenTable, Unpacker, bias_of, dora_gain, embedding_scale, weight_of
-from swiftlite.engine.lora_native import DTYPES, NativeLora
+from swiftlite.engine.lora_native import NativeLora
 from swiftlite.engine.lora_ops import GroupShape, Stack
 from swiftlite.engine.lora_taps import MERGE, Layers
 from swiftlite.errors import AdapterError
+from swiftlite.kernels.steps import DTYPES
 
 
 @dataclass(eq=False)

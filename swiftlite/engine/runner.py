@@ -19,13 +19,15 @@ from torch import Tensor
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.bridge import NAME, Bridge, ForwardBatch
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.fused import Kernels, fuse
 from swiftlite.engine.int8 import choose_int8
 from swiftlite.engine.kv import KVCache, available_memory
 from swiftlite.engine.layers import fuse_layers
 from swiftlite.engine.lora import LoraManager
 from swiftlite.engine.panels import choose_pack
 from swiftlite.errors import ModelError
+from swiftlite.kernels.build import load_library
+from swiftlite.kernels.steps import Kernels
+from swiftlite.models.fused import fuse
 from swiftlite.models.loading import load_model
 from swiftlite.models.packed import can_pack, pack_linears, pack_tied_head, without_pages
 
@@ -73,8 +75,9 @@ class Runner:
             pack_tied_head(self.model, pack)
         self.fused_layers = 0
         self.kernels: Kernels | None = None
-        if self.bridge.library is not None:
-            fused = fuse(self.model, self.bridge.library)
+        steps = None if self.bridge.library is None else load_library("steps")
+        if steps is not None:
+            fused = fuse(self.model, Kernels(steps))
             self.kernels, self.fused_layers = fused.kernels, fuse_layers(self.bridge, fused)
         self.max_model_len = self.bridge.max_model_len
         self.vocab_size: int = self.model.config.get_text_config().vocab_size

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftlite.engine.attention_native import DTYPES
-from swiftlite.engine.fused import Kernels
 from swiftlite.engine.request import SamplingParams, TokenLogprob
+from swiftlite.kernels.steps import DTYPES, Kernels
 
 _MASK = 2**64 - 1
 CANDIDATES = 64  # best tokens that top-k and top-p look at first; a row whose kept set is larger is sorted whole

@@ -1,6 +1,7 @@
 """Who runs in the next step, with how many tokens.
 
-One token budget a step. Running answers get their token first, so a long prompt never stalls them; then started prompts go on;
+One token budget a step, and a larger one while no answer runs: then nobody waits for the step's end, and a longer one reads the
+weights less often. Running answers get their token first, so a long prompt never stalls them; then started prompts go on;
 then waiting requests are admitted, a prompt longer than what is left of the budget in chunks. When blocks run out the youngest
 running sequence is preempted: its blocks go back and it starts again later from its tokens (what is still cached is found again).
 
@@ -45,9 +46,11 @@ class Scheduled:
 class Scheduler:
     """Holds every live sequence, waiting or running, and the blocks they have."""
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, speculate: int = 0) -> None:
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, speculate: int = 0, alone: int = 0) -> None:
+        """`max_num_batched_tokens`: of a step; `alone`: of one without a running answer (at least as many); `speculate`: of a draft."""
         self.pool = pool
         self.budget = max(1, max_num_batched_tokens)
+        self._alone = max(self.budget, alone)
         self.max_running = max(1, min(max_num_seqs, self.budget))
         self.running: list[Sequence] = []  # in order of arrival
         self._waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()  # by adapter digest, next turn first
@@ -139,7 +142,7 @@ class Scheduler:
                 started.append(seq)
             elif self._cover(seq, 1):
                 batch.append(Scheduled(seq, seq.num_computed, 1, 1))
-        left = self.budget - len(batch)
+        left = self.budget - len(batch) if batch else self._alone
         if self._speculate_most:
             left -= self._speculate(batch, left)
         for seq in started:

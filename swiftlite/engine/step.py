@@ -20,13 +20,13 @@ from torch import Tensor
 
 from swiftlite.engine.blocks import BlockPool
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.fused import Kernels
 from swiftlite.engine.request import TokenLogprob
 from swiftlite.engine.sampler import Sampler, token_logprobs
 from swiftlite.engine.scheduler import Scheduled, Scheduler
 from swiftlite.engine.sequence import Request, Sequence
 from swiftlite.engine.signal import Signal, wake
 from swiftlite.engine.spec import count_accepted
+from swiftlite.kernels.steps import Kernels
 
 logger = logging.getLogger("swiftlite.engine")
 NOT_FINITE = "the model's logits are not finite (NaN or infinite)"
@@ -76,7 +76,9 @@ class Stepper:
         config = self.config
         assert config.max_num_batched_tokens is not None, "the engine sets it"
         pool = BlockPool(self.model.num_blocks, config.block_size, config.enable_prefix_caching)
-        return Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, config.speculate_ngram)
+        return Scheduler(
+            pool, config.max_num_seqs, config.max_num_batched_tokens, config.speculate_ngram, config.max_num_prompt_tokens or 0
+        )
 
     def start_over(self) -> None:
         """Forget all sequences and blocks."""

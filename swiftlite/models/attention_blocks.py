@@ -1,4 +1,4 @@
-"""Causal attention of documents of one length with its gradient, in blocks of queries: training's CPU kernel, in plain torch.
+"""Causal attention of documents of one length with its gradient, in blocks of queries: training's way on a CPU, torch's products.
 
 A block of queries meets only the keys it may see (causal, and within the window), as batched matrix products per key/value
 head with the heads that share it stacked; softmax in float32. torch's own CPU kernel multiplies in tiny tiles: measured
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 64  # queries
+from swiftlite.kernels.gradients import Gradients, gradients, takes
+
+BLOCK = 128  # queries; of 64 a block costs more in calls than it saves in hidden keys
 KEEP = 512  # tokens up to which weights are kept, at most H * T^2 / 2 elements
 
 
@@ -63,12 +65,11 @@ class _Attention(torch.autograd.Function):
             weights, slope = (kept[number], None) if kept else _weights(q4, k3, start, stop, first, *ctx.settings)
             g = g4[:, :, start:stop].reshape(groups, shared * count, -1)
             grad_v[:, first:stop] += torch.bmm(weights.transpose(1, 2), g)
-            exact = weights.to(_accurate(weights.dtype))
-            grad_w = torch.bmm(g, v3[:, first:stop].transpose(1, 2)).to(exact.dtype)
-            scores = grad_w.sub_((grad_w * exact).sum(-1, keepdim=True)).mul_(exact)  # softmax's gradient
-            if slope is not None:
-                scores.mul_(slope)
-            scores = scores.mul_(scale).to(q4.dtype)
+            scores = torch.bmm(g, v3[:, first:stop].transpose(1, 2))
+            if slope is None and (kernels := _kernels(scores, scale)) is not None:
+                kernels.softmax_back_(scores, weights, count, start - first, window, scale)
+            else:
+                scores = _softmax_back(scores, weights, slope, scale)
             grad_q[:, :, start:stop] = torch.bmm(scores, k3[:, first:stop]).view(groups, shared, count, dim)
             grad_k[:, first:stop] += torch.bmm(scores.transpose(1, 2), q4[:, :, start:stop].reshape(groups, shared * count, dim))
         rows = (documents, -1, tokens)
@@ -84,6 +85,20 @@ def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _kernels(scores: Tensor, scale: float) -> Gradients | None:
+    return gradients() if takes(scores) and scale > 0 else None
+
+
+def _softmax_back(grad: Tensor, weights: Tensor, slope: Tensor | None, scale: float) -> Tensor:
+    """Gradient of the softmax `weights` -> that of the scores, in their dtype."""
+    exact = weights.to(_accurate(weights.dtype))
+    grad = grad.to(exact.dtype)
+    scores = grad.sub_((grad * exact).sum(-1, keepdim=True)).mul_(exact)
+    if slope is not None:
+        scores.mul_(slope)
+    return scores.mul_(scale).to(weights.dtype)
+
+
 def _weights(
     q4: Tensor, k3: Tensor, start: int, stop: int, first: int, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +106,10 @@ def _weights(
     groups, shared, _, dim = q4.shape
     count = stop - start
     block = q4[:, :, start:stop].reshape(groups, shared * count, dim)
-    scores = torch.bmm(block, k3[:, first:stop].transpose(1, 2)).to(_accurate(q4.dtype)).mul_(scale)
+    scores = torch.bmm(block, k3[:, first:stop].transpose(1, 2))
+    if softcap is None and (kernels := _kernels(scores, scale)) is not None:
+        return kernels.softmax_(scores, count, start - first, window, scale), None
+    scores = scores.to(_accurate(q4.dtype)).mul_(scale)
     slope = None
     if softcap is not None:
         scores = scores.div_(softcap).tanh_()

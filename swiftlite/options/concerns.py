@@ -226,7 +226,7 @@ class EngineOptions:
     max_model_len: int | None = opt(None, "longest prompt plus answer; default: the model's limit, or what memory allows")
     max_num_seqs: int = opt(256, "requests that run at once")
     max_num_batched_tokens: int | None = opt(
-        None, "token budget of one step, a longer prompt is prefilled in chunks; default: 512 on CPU, 2048 on a GPU"
+        None, "token budget of one step, a longer prompt is prefilled in chunks; default: 2048; on a CPU 512 while answers run"
     )
     block_size: int = opt(16, "tokens a KV block")
     enable_prefix_caching: bool = opt(True, "reuse the KV blocks of shared prompt beginnings")

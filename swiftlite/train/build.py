@@ -90,6 +90,19 @@ def keep_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def fuse_steps(options: Options, model: Any, tuner: Any) -> None:
+    """Norms, rotation and gates in one pass each way, on a CPU, where only a plain adapter is trained on whole weights."""
+    from swiftlite.kernels.gradients import gradients, takes
+    from swiftlite.models.fused import fuse
+
+    weight = model.get_input_embeddings().weight
+    if mixed(tuner) or options.fsdp or options.torch_compile or options.quant_bits or not takes(weight) or (kernels := gradients()) is None:
+        return
+    training = model.training
+    fuse(model.eval(), kernels)
+    model.train(training)
+
+
 def _spec(options: Options) -> Any:
     from swiftlite.train.lora import LoraSpec
 

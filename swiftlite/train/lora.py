@@ -70,6 +70,14 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
     def weight(self) -> Tensor:
         """The base's: some models look at its device or dtype."""
         return self.base.weight

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from swiftlite.kernels.gradients import gradients, takes
 from swiftlite.train.batches import Batch
 from swiftlite.train.lora import TrainedCopy
 
@@ -90,51 +91,36 @@ class _ChunkedNLL(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64, device=hidden.device)
         hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
         rows = max(1, min(chunk(len(weight)), len(labels)))
-        # One pair of buffers for all chunks: fresh memory of this size would be zeroed page by page each time.
+        # The same buffers for all chunks: fresh memory of this size would be zeroed page by page each time.
         shape = rows + filler(rows), len(weight)
         narrow = torch.empty(shape, dtype=head.dtype, device=hidden.device)
-        wide = narrow if head.dtype == total.dtype else torch.empty(shape, dtype=total.dtype, device=hidden.device)
+        simple = head.scale == 1 and head.softcap is None and smoothing == 0 and takes(narrow)
+        kernels = gradients() if simple else None
+        same = kernels is not None or head.dtype == total.dtype
+        wide = narrow if same else torch.empty(shape, dtype=total.dtype, device=hidden.device)
+        back = want_hidden or want_weight
         for start in range(0, len(labels), rows):
             h, label = hidden[start : start + rows].to(head.dtype), labels[start : start + rows, None]
             count = len(h)
             if head.dtype == torch.bfloat16 and h.device.type == "cpu":
                 h, label = (F.pad(x, (0, 0, 0, filler(count))) for x in (h, label))
             z = torch.mm(h, w.t(), out=narrow[: len(h)])  # [n, V]
-            if wide is not narrow:
-                z = wide[: len(h)].copy_(z)
-            if head.scale != 1:
-                z.mul_(head.scale)
-            slope = None
-            if head.softcap is not None:
-                z.div_(head.softcap).tanh_()
-                slope = 1 - z * z
-                z.mul_(head.softcap)
-            at_label = z.gather(1, label)
-            goal = at_label if smoothing == 0 else at_label.lerp(z.mean(1, keepdim=True), smoothing)
-            top, best = z.max(1, keepdim=True)
-            hits += (best == label)[:count].sum()
-            z.sub_(top).exp_()
-            norm = z.sum(1, keepdim=True)
-            nll = (norm.log() + top - goal)[:count]  # [n, 1]
-            weighed = None if weights is None else weights[start : start + rows, None].to(total.dtype)
-            total += (nll if weighed is None else nll * weighed).sum()
-            if not (want_hidden or want_weight):
+            factors = None if weights is None else weights[start : start + rows].to(total.dtype).contiguous()
+            if kernels is not None:
+                nll, hit = kernels.cross_entropy_(z[:count], label[:count, 0], factors, back=back)
+            else:
+                nll, hit = _cross_entropy_(z if wide is narrow else wide[: len(h)].copy_(z), label, head, smoothing, factors, back=back)
+                if wide is not narrow and back:
+                    z.copy_(wide[: len(h)])
+            total += (nll[:count] if factors is None else nll[:count] * factors).sum()
+            hits += hit[:count].sum()
+            if not back:
                 continue
-            z.div_(norm).scatter_add_(1, label, torch.full_like(at_label, smoothing - 1))  # softmax minus one-hot
-            if smoothing:
-                z.sub_(smoothing / z.shape[1])
-            if slope is not None:
-                z.mul_(slope)
-            if head.scale != 1:
-                z.mul_(head.scale)
-            if weighed is not None:
-                z[:count].mul_(weighed)
-            z[count:].zero_()
-            dz = z if wide is narrow else narrow[: len(h)].copy_(z)
+            z[count:].zero_()  # the gradient of the logits by now
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = (dz @ w)[:count]
+                grad_hidden[start : start + rows] = (z @ w)[:count]
             if grad_weight is not None:
-                grad_weight += dz.T @ h
+                grad_weight += z.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(hits)
@@ -151,6 +137,38 @@ class _ChunkedNLL(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _cross_entropy_(
+    z: Tensor, label: Tensor, head: Head, smoothing: float, factors: Tensor | None, *, back: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Products z [n, V], label [n, 1], factors of the first rows -> (nll [n], whether the label is the argmax [n]).
+
+    With `back`, z becomes the gradient of the sum (of those first rows times their factors)."""
+    if head.scale != 1:
+        z.mul_(head.scale)
+    slope = None
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_()
+        slope = 1 - z * z
+        z.mul_(head.softcap)
+    at_label = z.gather(1, label)
+    goal = at_label if smoothing == 0 else at_label.lerp(z.mean(1, keepdim=True), smoothing)
+    top, best = z.max(1, keepdim=True)
+    z.sub_(top).exp_()
+    norm = z.sum(1, keepdim=True)
+    nll = norm.log() + top - goal
+    if back:
+        z.div_(norm).scatter_add_(1, label, torch.full_like(at_label, smoothing - 1))  # softmax minus one-hot
+        if smoothing:
+            z.sub_(smoothing / z.shape[1])
+        if slope is not None:
+            z.mul_(slope)
+        if head.scale != 1:
+            z.mul_(head.scale)
+        if factors is not None:
+            z[: len(factors)].mul_(factors[:, None])
+    return nll[:, 0], (best == label)[:, 0]
 
 
 def chunked_nll(hidden: Tensor, labels: Tensor, head: Head, smoothing: float = 0.0, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The engine's C++ kernels: compiled once per machine by the system's compiler, cached, loaded through ctypes.
+"""The C++ kernels: compiled once per machine by the system's compiler, cached, loaded through ctypes.
 
 Nothing happens at import. The first engine of a machine compiles (a few seconds); the library's name carries a hash of the
 sources, the compiler, its flags and the CPU, so a change of any makes another file, and a rename puts it in place whole, so
@@ -20,7 +20,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = ("paged_attention.cpp", "fused.cpp", "linear.cpp", "int8.cpp", "lora.cpp", "lora_files.cpp")
+LIBRARIES = {  # training needs the first alone, which compiles in 3 s where the second takes 10 on two cores
+    "steps": ("fused.cpp", "gradients.cpp"),
+    "engine": ("paged_attention.cpp", "linear.cpp", "int8.cpp", "lora.cpp", "lora_files.cpp"),
+}
 HEADERS = ("vectors.h", "amx.h", "linear.h", "steps.h", "attention.h", "attention_rows.h", "attention_tiles.h")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 
@@ -30,40 +33,46 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL | None:
-    """The kernels, or None where they cannot be built; the reason is printed once. SWIFTLITE_KERNELS=0 turns them off."""
+def load_library(name: str = "engine") -> ctypes.CDLL | None:
+    """One of the LIBRARIES, or None where it cannot be built; the reason is printed once. SWIFTLITE_KERNELS=0 turns all off."""
     if os.environ.get("SWIFTLITE_KERNELS") == "0":
-        print("kernels: off (SWIFTLITE_KERNELS=0), torch is used instead")
-        return None
+        return _none("off (SWIFTLITE_KERNELS=0), torch is used instead")
     try:
-        return ctypes.CDLL(str(build()))
+        return ctypes.CDLL(str(build(name)))
     except (Unavailable, OSError) as error:
-        print(f"kernels: not available ({error}); torch is used instead, which is slower")
-        return None
+        return _none(f"not available ({error}); torch is used instead, which is slower")
 
 
-def build(directory: Path | None = None, target: tuple[str, ...] = ()) -> Path:
-    """Path of the compiled library, compiled now unless it is cached. Unavailable says why it cannot be.
+@functools.cache
+def _none(reason: str) -> None:
+    print(f"kernels: {reason}")  # once, for all libraries
+
+
+def build(name: str = "engine", directory: Path | None = None, target: tuple[str, ...] = ()) -> Path:
+    """Path of a compiled library, compiled now unless it is cached. Unavailable says why it cannot be.
 
     `target` are compiler flags for another instruction set than this machine's (tests).
     """
-    compiler = next(filter(None, (shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name)), None)
+    names = os.environ.get("CXX", ""), "c++", "g++", "clang++"
+    compiler = next(filter(None, (shutil.which(command) for command in names if command)), None)
     if compiler is None:
         raise Unavailable("no C++ compiler: set CXX or install g++")
     flags = [*FLAGS, *(target or ("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",))]
-    here = Path(__file__).parent
+    here, sources = Path(__file__).parent, LIBRARIES[name]
     key = hashlib.sha256()
-    for name in (*SOURCES, *HEADERS):
-        key.update((here / name).read_bytes())
+    for file in (*sources, *HEADERS):
+        key.update((here / file).read_bytes())
     runtime = openmp_runtime()
     key.update("\0".join([compiler, _version(compiler), *flags, runtime or "", cpu_name()]).encode())
     folder = directory or cache_directory()
-    path = folder / f"kernels-{key.hexdigest()[:24]}.so"
+    path = folder / f"{name}-{key.hexdigest()[:24]}.so"
     if path.is_file():
         return path
+    if directory is None:
+        print(f"kernels: compiling the {name}'s C++ for this machine (once; seconds) ...", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        objects = [str(Path(work) / f"{name}.o") for name in SOURCES]
-        commands = [[compiler, *flags, "-c", str(here / name), "-o", to] for name, to in zip(SOURCES, objects, strict=True)]
+        objects = [str(Path(work) / f"{file}.o") for file in sources]
+        commands = [[compiler, *flags, "-c", str(here / file), "-o", to] for file, to in zip(sources, objects, strict=True)]
         with ThreadPoolExecutor(len(commands)) as pool:
             list(pool.map(_run, commands))
         # Two OpenMP runtimes in one process would fight over the cores, so the one that torch brought is linked by its path.

@@ -1,5 +1,5 @@
 // Small steps of a decoder layer, and of greedy sampling, in one pass each.
-// Each repeats the rounding of the eager torch code that it replaces; fused.py checks that at load.
+// Each repeats the rounding of the eager torch code that it replaces; models/fused.py checks that at load.
 #include <cmath>
 
 #include "steps.h"

@@ -1,0 +1,100 @@
+"""The C++ functions of a decoder layer's small steps (fused.cpp) on tensors: RMSNorm, rotary embedding, SiLU gate, greedy choice.
+
+Float32 and bfloat16 on a CPU. Each takes a shape that it is told to; whether a model's own step is that one is for the caller to know.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)  # of all C++ functions
+
+
+def strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Of x [1, T, D] or [1, T, H, D]: its rows, rows that are `inner stride` apart, outer stride, inner stride (in elements)."""
+    if x.ndim == 4:
+        return x.shape[1] * x.shape[2], x.shape[2], x.stride(1), x.stride(2)
+    return x.shape[1], 1, x.stride(1), 0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm that the kernels do: x / rms(x) * weight, rounded as `kind` says (NormKind in steps.h)."""
+
+    weight: Tensor  # [D]
+    eps: float
+    kind: int
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The library's functions with their signatures."""
+
+    differentiable: ClassVar[bool] = False
+    library: ctypes.CDLL
+
+    def __post_init__(self) -> None:
+        flag, pointer, long, integer, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+        lib = self.library
+        lib.swift_rms_norm.argtypes = [flag, *[pointer] * 3, *[long] * 4, integer, real, integer, integer]
+        lib.swift_add_norm.argtypes = [flag, *[pointer] * 5, long, integer, real, integer, integer]
+        lib.swift_silu_mul.argtypes = [flag, *[pointer] * 3, *[long] * 3, integer, integer]
+        lib.swift_best_of_rows.argtypes = [flag, *[pointer] * 3, *[long] * 3, integer]
+        lib.swift_rope.argtypes = [flag, *[pointer] * 4, long, integer, integer, long, long, integer]
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
+        """x [1, T, D] or [1, T, H, D] with contiguous last dimension -> the same shape, contiguous."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self.library.swift_rms_norm(
+            x.dtype == torch.bfloat16, out.data_ptr(), x.data_ptr(), weight.data_ptr(), *strides(x), x.shape[-1], eps, kind,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def add_norm(self, a: Tensor, b: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(a + b, its norm) for contiguous [1, T, D]."""
+        a, b = a.contiguous(), b.contiguous()
+        total, out = torch.empty_like(a), torch.empty_like(a)
+        self.library.swift_add_norm(
+            a.dtype == torch.bfloat16, out.data_ptr(), total.data_ptr(), a.data_ptr(), b.data_ptr(), norm.weight.data_ptr(),
+            a.shape[1], a.shape[2], norm.eps, norm.kind, torch.get_num_threads(),
+        )  # fmt: skip
+        return total, out
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up for [1, T, D]; rows may be strided."""
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+        self.library.swift_silu_mul(
+            gate.dtype == torch.bfloat16, out.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.shape[-2], gate.stride(-2), up.stride(-2),
+            gate.shape[-1], torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [1, H, T, D] rotated by cos and sin [1, T, D] -> the same shape, in memory [1, T, H, D]."""
+        _, heads, tokens, dim = x.shape
+        out = torch.empty(1, tokens, heads, dim, dtype=x.dtype)
+        self.library.swift_rope(
+            x.dtype == torch.bfloat16, out.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim,
+            x.stride(2), x.stride(1), torch.get_num_threads(),
+        )  # fmt: skip
+        return out.transpose(1, 2)
+
+    def best_of_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [S, V], float32 or bfloat16 -> the largest of each row [S] float32 (NaN where a row has one), its first place [S] int64.
+
+        torch's max over bfloat16 takes five times as long.
+        """
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        best, place = torch.empty(x.shape[0]), torch.empty(x.shape[0], dtype=torch.int64)
+        self.library.swift_best_of_rows(
+            x.dtype == torch.bfloat16, best.data_ptr(), place.data_ptr(), x.data_ptr(), x.shape[0], x.stride(0), x.shape[1],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return best, place
