@@ -5,7 +5,8 @@ document and never crosses its borders, so packing changes no result and nothing
 keyword of `model(...)`, which transformers hands down to every attention layer (no global state), and no mask is built
 because none is registered for our name.
 
-On a CPU most documents take `attention_blocks`; its reference is the path that CUDA and dropout take.
+On a CPU most documents take `attention_blocks`, on a GPU all of them `attention_varlen`; the reference of both is the path that
+dropout takes, one document after the other.
 
 Does not know: losses, adapters, caches. Raises on any keyword it does not understand (attention sinks, sparse indices, ...),
 because ignoring one means silently wrong gradients.
@@ -79,6 +80,11 @@ def attend(
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     lengths = tuple(swift_segments)
     settings = scaling, dropout, sliding_window, softcap
+    if kind == "cuda":
+        from swiftlite.models import attention_varlen  # torch's module takes a while to import, and a CPU has no use for it
+
+        if attention_varlen.takes(query, value, dropout, softcap):
+            return attention_varlen.attend(query, key, value, lengths, scaling, sliding_window), None
     layout = _layout(lengths, query.device, onednn=kind == "cpu" and query.dtype == torch.bfloat16)
     if layout is None:
         outputs = [
