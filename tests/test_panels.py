@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from swiftlite.engine.panels import Panels, PanelWeight, choose_pack
-from swiftlite.kernels.build import build, load_library
+from swiftlite.kernels.build import build, cpu_name, load_library
+from swiftlite.kernels.steps import Kernels
 from swiftlite.models.packed import OneDnnWeight
 
 library = load_library()
@@ -74,3 +75,26 @@ def test_what_has_no_panels_goes_to_onednn() -> None:
     pack = choose_pack(library, torch.bfloat16)
     assert isinstance(pack(torch.randn(8, 16).bfloat16()), PanelWeight) and isinstance(pack(torch.randn(8, 15).bfloat16()), OneDnnWeight)
     assert choose_pack(library, torch.float32) is OneDnnWeight and choose_pack(None, torch.bfloat16) is OneDnnWeight
+
+
+@pytest.mark.parametrize("rows", [0, 3, 4, 17, 33, 300])
+@pytest.mark.parametrize(("width", "k"), [(32, 64), (96, 320), (1024, 1024)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gate_in_the_product_is_the_gate_after_it(panels: Panels, rows: int, width: int, k: int, bias: bool) -> None:
+    """To the bit; and where there is no such product, it says so."""
+    torch.manual_seed(rows + width)
+    weight = PanelWeight(panels, torch.randn(2 * width, k).bfloat16())
+    x, add = torch.randn(1, rows, k).bfloat16() * 3 / k**0.5, torch.randn(2 * width).bfloat16() if bias else None
+    out = weight.gated(x, add)
+    if rows >= 4 and panels.library is library and "amx_bf16" in cpu_name():
+        assert out is not None
+    if out is not None:
+        gate, up = weight.multiply(x, add).split(width, -1)
+        steps = load_library("steps")
+        assert steps is not None
+        assert torch.equal(out, Kernels(steps).silu_mul(gate, up))
+
+
+def test_what_is_no_gate_is_not_done_in_the_product(panels: Panels) -> None:
+    assert PanelWeight(panels, torch.randn(48, 64).bfloat16()).gated(torch.randn(1, 8, 64).bfloat16(), None) is None
+    assert PanelWeight(panels, torch.randn(64, 48).bfloat16()).gated(torch.randn(1, 8, 48).bfloat16(), None) is None

@@ -18,7 +18,10 @@ from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.attention_native import HeadNorms
 from swiftlite.engine.bridge import Bridge, ForwardBatch, Pages
 from swiftlite.engine.kv import AttentionLayer, KVCache
+from swiftlite.engine.panels import PanelWeight
+from swiftlite.kernels.steps import Kernels
 from swiftlite.models.fused import Fused
+from swiftlite.models.packed import FusedPart, PackedLinear
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -81,7 +84,7 @@ def _layer_forward(module: nn.Module, bridge: Bridge, fused: Fused) -> Callable[
         heads = HeadNorms(q.weight, k.weight, q.eps, q.kind)
     stock = module.forward
     q_proj, k_proj, v_proj, o_proj = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    gate_proj, up_proj, down_proj = (mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+    down_proj, gate = mlp.get_submodule("down_proj"), _gate(mlp, fused.kernels)
     kernels = fused.kernels
 
     def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, swift_pages: Any = None, **kwargs: Any) -> Any:
@@ -94,7 +97,27 @@ def _layer_forward(module: nn.Module, bridge: Bridge, fused: Fused) -> Callable[
         q, k, v = q_proj.forward(x), k_proj.forward(x), v_proj.forward(x)
         mixed = native.attend_raw(layer, q, k, v, cos, sin, heads)
         hidden_states, x = kernels.add_norm(hidden_states, o_proj.forward(mixed), second)
-        return hidden_states + down_proj.forward(kernels.silu_mul(gate_proj.forward(x), up_proj.forward(x)))
+        return hidden_states + down_proj.forward(gate(x))
+
+    return forward
+
+
+def _gate(mlp: nn.Module, kernels: Kernels) -> Callable[[Tensor], Tensor]:
+    """silu(gate_proj(x)) * up_proj(x): in the product itself where the two are one and no adapter adds to it now."""
+    gate_proj, up_proj = mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")
+    joined: PackedLinear | None = None
+    if isinstance(gate_proj, FusedPart) and isinstance(up_proj, FusedPart) and gate_proj.fused is up_proj.fused:
+        fused = gate_proj.fused
+        if isinstance(fused.product.packed, PanelWeight) and fused.widths == [fused.widths[0]] * 2 and gate_proj.index == 0:
+            joined = fused.product
+
+    def forward(x: Tensor) -> Tensor:
+        if joined is not None and "forward" not in vars(joined):
+            assert isinstance(joined.packed, PanelWeight)
+            out = joined.packed.gated(x, joined.bias)
+            if out is not None:
+                return out
+        return kernels.silu_mul(gate_proj.forward(x), up_proj.forward(x))
 
     return forward
 

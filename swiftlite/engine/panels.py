@@ -28,9 +28,12 @@ class Panels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self.library = library
         self.size, self.pack, self.linear, self.unpack = (
             library.swift_packed_size, library.swift_pack, library.swift_linear, library.swift_unpack
         )  # fmt: skip
+        self.gated = library.swift_gated
+        self.gated.argtypes = [pointer, integer]
         self.size.argtypes, self.size.restype = [long, long], long
         self.pack.argtypes = self.unpack.argtypes = [pointer, pointer, long, long, integer]
         self.linear.argtypes = [pointer, integer]
@@ -47,13 +50,13 @@ class PanelWeight:
         self.product = Product(w=self.data.data_ptr(), n=self.n, k=self.k)
         self.address = ctypes.addressof(self.product)
 
-    def prepare(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Fill in `product` for x [..., T, in]. Returns x, with rows evenly spaced, and the result's memory [..., T, out]."""
+    def prepare(self, x: Tensor, bias: Tensor | None, width: int = 0) -> tuple[Tensor, Tensor]:
+        """Fill in `product` for x [..., T, in]. Returns x, with rows evenly spaced, and the result's memory [..., T, out or `width`]."""
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.k
         alone = x.ndim == 2 or x.shape[:-2].numel() == 1
         if x.stride(-1) != 1 or not alone:
             x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], self.n, dtype=torch.bfloat16)
+        out = torch.empty(*x.shape[:-1], width or self.n, dtype=torch.bfloat16)
         product = self.product
         product.out, product.x, product.bias = out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr()
         product.rows, product.stride = (x.shape[-2], x.stride(-2)) if alone else (x.numel() // self.k, self.k)
@@ -63,6 +66,11 @@ class PanelWeight:
         x, out = self.prepare(x, bias)  # x lives until the kernel is done
         self.panels.linear(self.address, torch.get_num_threads())
         return out
+
+    def gated(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """silu(gate) * up [.., T, out / 2] of a weight that is the gate's and, behind it, up's; None where that is no single product."""
+        x, out = self.prepare(x, bias, self.n // 2)
+        return out if self.panels.gated(self.address, torch.get_num_threads()) else None
 
     def to_dense(self) -> Tensor:
         out = torch.empty(self.n, self.k, dtype=torch.bfloat16)

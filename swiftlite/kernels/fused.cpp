@@ -42,8 +42,7 @@ void silu_mul(T* out, const T* gate, const T* up, int64_t rows, int64_t gate_str
         const T *g = gate + row * gate_stride, *u = up + row * up_stride;
         T* to = out + row * dim;
         for (; d + 16 <= end; d += 16) {
-            v16f x = load(g + d);
-            store(to + d, rounded(x / (1.0f + exp16(-x)), to) * load(u + d));
+            gated(to + d, load(g + d), load(u + d));
         }
         for (; d < end; d++) {
             float x = to_float(g[d]);

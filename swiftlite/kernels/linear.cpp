@@ -4,6 +4,41 @@
 #ifdef __AVX512BF16__
 #include <omp.h>
 
+#include "steps.h"
+
+#ifdef SWIFT_AMX
+namespace {
+// As multiply_by_unit, each panel of the gate with its panel of the other half: what both give never goes to memory.
+void gate_by_unit(const Product& p, int index, int count) {
+    const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k, groups = (p.rows * p.k + UNIT_RESIDENT - 1) / UNIT_RESIDENT;
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups;
+        const RowBlocks blocks(end - begin);
+        const Tiles tiles = blocks.tiles();
+        for (int64_t panel = panels * index / count; panel < panels * (index + 1) / count; panel++) {
+            const Columns gate(p.bias ? p.bias + panel * WIDTH : nullptr, WIDTH), other(p.bias ? p.bias + width + panel * WIDTH : nullptr, WIDTH);
+            for (int64_t block = 0; block < blocks.count; block++) {
+                const int64_t first = begin + blocks.first(block);
+                alignas(64) float sums[2][32 * WIDTH];
+                bf16* out = p.out + first * width + panel * WIDTH;
+                for (int half = 0; half < 2; half++) {
+                    const bf16* w = p.w + (panel + half * panels) * size;
+                    const Fetch next(w + size, panel + 1 < panels ? size * 2 : 0, blocks.count * p.k / DEPTH);
+                    unit_block(sums[half], blocks, p.x + first * p.stride, p.stride, [w](int step) { return w + step * DEPTH * WIDTH; }, p.k,
+                               out, half ? 0 : width, [&](int step) { next(block * (p.k / DEPTH) + step); });
+                }
+                for (int r = 0; r < blocks.size; r++) {
+                    const auto row = [r](const float* from) { return (v16f)_mm512_load_ps(from + r * WIDTH); };
+                    gated(out + r * width, row(sums[0]) + (v16f)gate.low, row(sums[1]) + (v16f)other.low);
+                    gated(out + r * width + 16, row(sums[0] + 16) + (v16f)gate.high, row(sums[1] + 16) + (v16f)other.high);
+                }
+            }
+        }
+    }
+}
+}  // namespace
+#endif
+
 extern "C" {
 // Elements of the packed weight; 0 where this build has no such product.
 int64_t swift_packed_size(int64_t n, int64_t k) { return k % 2 ? 0 : (n + WIDTH - 1) / WIDTH * WIDTH * k; }
@@ -39,6 +74,19 @@ void swift_linear(const Product* product, int threads) {
 #pragma omp parallel num_threads(threads)
     multiply(*product, omp_get_thread_num(), omp_get_num_threads());
 }
+
+// The first half of the product's columns is a gate, out [rows][n / 2] = silu(gate) * the other half, rounded as if each were stored.
+// 0: not done, because this machine or this shape has no such product.
+int swift_gated(const Product* product, int threads) {
+#ifdef SWIFT_AMX
+    if (product->rows >= UNIT_ROWS && product->k % DEPTH == 0 && product->n % (2 * WIDTH) == 0 && amx_ready()) {
+#pragma omp parallel num_threads(threads)
+        gate_by_unit(*product, omp_get_thread_num(), omp_get_num_threads());
+        return 1;
+    }
+#endif
+    return 0;
+}
 }
 #else
 extern "C" {
@@ -46,5 +94,6 @@ int64_t swift_packed_size(int64_t, int64_t) { return 0; }
 void swift_pack(bf16*, const bf16*, int64_t, int64_t, int) {}
 void swift_unpack(bf16*, const bf16*, int64_t, int64_t, int) {}
 void swift_linear(const Product*, int) {}
+int swift_gated(const Product*, int) { return 0; }
 }
 #endif

@@ -129,6 +129,15 @@ INLINE void unit_sums(float* sums, const bf16* x, int64_t stride, const RowBlock
     }
 }
 
+template <class Weights, class Along>
+INLINE void unit_block(float* sums, const RowBlocks& blocks, const bf16* x, int64_t stride, Weights weights, int k, const bf16* out, int64_t n,
+                       Along along) {
+    if (blocks.bottom)
+        unit_sums<true>(sums, x, stride, blocks, weights, k, out, n, along);
+    else
+        unit_sums<false>(sums, x, stride, blocks, weights, k, out, n, along);
+}
+
 // Memory that is fetched evenly while a panel is multiplied.
 struct Fetch {
     const char* from;
@@ -148,11 +157,7 @@ INLINE void unit_panel(const RowBlocks& blocks, const bf16* x, int64_t stride, W
     for (int64_t block = 0; block < blocks.count; block++) {
         const int64_t first = blocks.first(block), steps = block * (k / DEPTH);
         alignas(64) float sums[32 * WIDTH];
-        const auto beside = [&](int step) { along(steps + step); };
-        if (blocks.bottom)
-            unit_sums<true>(sums, x + first * stride, stride, blocks, weights, k, out + first * n, n, beside);
-        else
-            unit_sums<false>(sums, x + first * stride, stride, blocks, weights, k, out + first * n, n, beside);
+        unit_block(sums, blocks, x + first * stride, stride, weights, k, out + first * n, n, [&](int step) { along(steps + step); });
         for (int r = 0; r < blocks.size; r++)
             finish(out + (first + r) * n, _mm512_load_ps(sums + r * WIDTH), _mm512_load_ps(sums + r * WIDTH + 16), first + r);
     }

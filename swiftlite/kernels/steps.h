@@ -48,6 +48,13 @@ INLINE void norm_row(T* to, const T* from, const T* w, int dim, float eps, int k
     }
 }
 
+// to[16] = silu(gate) * up; gate, up and silu rounded first
+template <class T>
+INLINE void gated(T* to, v16f gate, v16f up) {
+    const v16f x = rounded(gate, to);
+    store(to, rounded(x / (1.0f + exp16(-x)), to) * rounded(up, to));
+}
+
 // to[dim] = x * cos + rotate_half(x) * sin, each product rounded; `to` may be `from`
 template <class T>
 INLINE void rope_row(T* to, const T* from, const T* cos, const T* sin, int dim) {
