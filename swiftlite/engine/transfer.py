@@ -25,7 +25,7 @@ def put_tokens(ids: Tensor, places: list[tuple[int, int]], tokens: Tensor) -> No
 
     A token of -1 (its row was not finite) becomes 0: what is made of it is dropped once the host has seen it.
     """
-    rows, which = to_device(places, torch.int64, ids.device).unbind(1)
+    rows, which = to_device(list(zip(*places, strict=True)), torch.int64, ids.device).unbind(0)
     ids.index_copy_(0, rows, tokens.index_select(0, which).clamp_(min=0))
 
 
@@ -39,7 +39,7 @@ class Readback:
             for host, tensor in zip(self._tensors, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)
             self._done = torch.cuda.Event()
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(tensors[0].device))
 
     def read(self) -> tuple[Tensor, ...]:
         """The tensors on the host, once they are there."""
