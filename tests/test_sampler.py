@@ -20,7 +20,7 @@ from swiftlite.engine.request import SamplingParams
 from swiftlite.engine.sampler import Sampler, SamplingState, TokenTable, token_logprobs
 
 V = 300
-both = pytest.mark.parametrize("wait", [True, False], ids=["", "at once"])
+both = pytest.mark.parametrize("wait", [True, False], ids=["looking", "at once"])
 
 
 def state(prompt=(1, 2, 3), output=(), seed=0, stops=(), **params) -> SamplingState:

@@ -226,7 +226,7 @@ class World:
         raise AssertionError("no end in sight")
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
 @pytest.mark.parametrize("seed", range(10))
 def test_fuzz(seed: int, overlap: bool):
     """Thousands of steps with forks, beams, drafts, aborts at any stage, adapters, shared prefixes and too few blocks."""
