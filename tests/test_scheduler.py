@@ -109,7 +109,8 @@ class World:
         for item in batch:
             assert item.count > 0 and item.start == item.seq.num_computed
             assert item.rows >= (item.start + item.count == item.seq.total)
-            assert item.seq.finish_reason is None and item.start < item.seq.max_len
+            assert item.seq.finish_reason is None
+            assert item.start + item.count < item.seq.max_len, "the last token by length needs no forward"
             for position in range(item.start, item.start + item.count):
                 slot = self.slot(item.seq, position)
                 assert slot not in written, "two sequences write one slot"

@@ -3,13 +3,14 @@
 A step's rows of logits belong to answers that get one token, to drafts that are verified (spec.py), to beams (beam.py) and to
 prompts. A failing step ends its batch with an error; a row that is not finite ends its request alone.
 
-Steps overlap where a GPU runs them (EngineConfig.overlap): the sampled tokens stay on the device, the next step is scheduled and
-its forward launched with them, and only then are they read, appended and shown, while the device works. The step that was launched
-is sampled after that, so penalties, log-probabilities, stop rules, forks and the prefix cache meet known tokens, as without overlap;
-only `schedule` and the forward do not. What a step computes for a sequence that turns out to have ended before it is dropped: its
-blocks may have gone to others by then, but these are written in a later step, and the device keeps the order. A sequence's last
-token by length is foreseen, and nothing more is computed for it. Left out: engines that speculate (a draft is made from known
-tokens), and within a step whatever reads at once: beams and prompt log-probabilities wait for their step, not for the next one.
+Steps overlap where a GPU runs them (EngineConfig.overlap). The tokens that a step samples stay on the device; the next step is
+scheduled and its forward launched with them from there; only then are they read, appended and shown, while the device works. The
+launched step is sampled after that, so penalties, log-probabilities, stop rules, forks and the prefix cache meet known tokens, as
+without overlap; only `schedule` and the forward do not. An answer's last token by length is foreseen: nothing more is computed for
+it. One that stops for another reason (a stop id or string, an abort, logits that are not finite) may have one more row on its way,
+which is dropped. Its blocks are given back at once all the same: whoever gets them writes them in a later step, and the device
+keeps the order. Left out: an engine that speculates does not overlap, as drafts are made from known tokens; and beams, prompt
+log-probabilities and adapters with an output head of their own have the host wait for their step's forward.
 
 It does not know text (but for stop strings, through the request's detokenizer), threads, or what else a request holds: it is told
 how to end and finish one.

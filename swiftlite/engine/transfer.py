@@ -15,7 +15,7 @@ from torch import Tensor
 def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of numbers (nested lists, an array, a tensor on the host) on the device, without waiting for what runs there."""
     tensor = torch.as_tensor(values, dtype=dtype)
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.numel():
         tensor = tensor.pin_memory()  # from other memory the copy would wait; torch keeps this one until the copy is done
     return tensor.to(device, non_blocking=True)
 
