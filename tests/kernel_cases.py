@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,11 @@ from torch import Tensor
 from swiftlite.engine import attention_cuda, lora_cuda, lora_ops, triton_attention, triton_lora
 from swiftlite.engine.attention_cpu import SequenceSlice, paged_attention
 from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.engine import Engine
 from swiftlite.engine.graphs import DecodeGraphs, graph_sizes
 from swiftlite.engine.kv import AttentionLayer, KVCache
 from swiftlite.engine.lora_ops import GroupShape, Segment, Stack, reference
+from swiftlite.engine.request import SamplingParams
 from swiftlite.engine.runner import Runner
 from swiftlite.engine.scheduler import Scheduled
 
@@ -332,6 +334,37 @@ def test_decode_with_adapters_equals_the_plain_path(make_model, make_adapter, mo
     for runner in runners:
         runner.lora.check()
         assert runner.lora.store.stacks == {}
+
+
+def test_steps_that_overlap_give_the_same_answers(make_model, make_adapter) -> None:
+    """Tokens go from step to step on the device: through padded decode steps, mixed steps and adapters in changing rows; some stop."""
+    base = make_model("llama", num_hidden_layers=1)
+    adapters = {"a": str(make_adapter(base, 1))}
+    prompts, names = prompts_for(300, [9, 3, 11, 1, 6]), [None, "a", "a", None, None]
+    wishes = [{"temperature": 0}, {"seed": 3}, {"seed": 4, "top_k": 20, "top_p": 0.9}, {"temperature": 0, "n": 2}, {"temperature": 0}]
+    params = [SamplingParams(max_tokens=6, ignore_eos=True, **wish) for wish in wishes]
+    config = EngineConfig(num_blocks=24, block_size=4, max_num_seqs=3, max_model_len=32, max_num_batched_tokens=16, max_lora_rank=8)
+    results = []
+    for overlap in (False, True):
+        with Engine(base, replace(config, overlap=overlap), dtype="float32", device=DEVICE, adapters=adapters) as engine:
+            if DEVICE.type == "cpu":
+                engine.runner.use_kernels(capture=False)
+            graphs, late = engine.runner._decode, []
+            assert graphs is not None and engine._loop._steps.overlap == overlap
+            run = graphs.run
+
+            def watch(scheduled, drawn=None, run=run, late=late):
+                late += [item.seq.late >= 0 for item in scheduled]
+                return run(scheduled, drawn)
+
+            graphs.run = watch  # type: ignore[method-assign]
+            results.append([answer.token_ids for output in engine.generate(prompts, params, names) for answer in output.outputs])
+            engine.check()
+            assert len(late) > 15 and any(late) == overlap
+        params[0].stop_token_ids = results[0][0][2:3]
+    wanted = results[0]
+    wanted[0] = wanted[0][: wanted[0].index(wanted[0][2]) + 1]
+    assert results[1] == wanted
 
 
 def test_what_is_no_decode_step_is_not_taken(make_model) -> None:

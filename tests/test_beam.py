@@ -327,3 +327,14 @@ def test_bad_logits_end_the_search_alone(build, oracle, monkeypatch):
     good, bad = one.generate([PROMPTS[1], [99, 4]], beam(3))
     assert_equal(good, hf(oracle, PROMPTS[1], 3))
     assert all(answer.finish_reason == "error" for answer in bad.outputs) and "not finite" in bad.error
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_siblings_that_start_beside_a_beam_get_their_own_row(build, oracle, overlap):
+    """As many tokens are sampled as the step has rows, but not one from each: the beam's row is nobody's, the prompt's is two's."""
+    one = build(overlap=overlap)
+    params = [beam(2, 4), SamplingParams(n=2, temperature=0, max_tokens=4, ignore_eos=True)]
+    searched, plain = one.generate([PROMPTS[1], PROMPTS[2]], params)
+    assert_equal(searched, hf(oracle, PROMPTS[1], 2, 4))
+    alone = one.generate(PROMPTS[2], params[1])[0]
+    assert [answer.token_ids for answer in plain.outputs] == [answer.token_ids for answer in alone.outputs]

@@ -1,4 +1,7 @@
-"""The engine on real tiny models: every way to run a request gives the tokens of transformers.generate, and nothing is left behind."""
+"""The engine on real tiny models: every way to run a request gives the tokens of transformers.generate, and nothing is left behind.
+
+Everything is run twice: step by step, and with steps that overlap, as on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +34,24 @@ def model_dir(make_model):
     return make_model("llama")
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "overlap"])
+def overlap(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(model_dir):
-    with Engine(model_dir, EngineConfig(num_blocks=128), device="cpu", dtype="float32") as made:
+def engine(model_dir, overlap):
+    with Engine(model_dir, EngineConfig(num_blocks=128, overlap=overlap), device="cpu", dtype="float32") as made:
         yield made
 
 
 @pytest.fixture
-def build(model_dir):
+def build(model_dir, overlap):
     """build(**EngineConfig fields) -> engine that is shut down, and checked, at the end of the test."""
     made: list[Engine] = []
 
     def make(directory=model_dir, adapters=None, **config) -> Engine:
-        settings = {"num_blocks": 64, "enable_prefix_caching": False, **config}
+        settings = {"num_blocks": 64, "enable_prefix_caching": False, "overlap": overlap, **config}
         made.append(Engine(directory, EngineConfig(**settings), device="cpu", dtype="float32", adapters=adapters))
         return made[-1]
 
@@ -409,10 +417,10 @@ def test_a_request_with_bad_logits_fails_alone(build, oracle, monkeypatch):
     one = build()
     execute = one.runner.execute
 
-    def poisoned(scheduled):
-        logits = execute(scheduled)
+    def poisoned(scheduled, *drawn):
+        logits = execute(scheduled, *drawn)
         for row, item in enumerate(scheduled):
-            if item.seq.token_ids[0] == 99 and len(item.seq.token_ids) >= 6:
+            if item.seq.token_ids[0] == 99 and item.start >= 5:
                 logits[row, 3] = math.nan
         return logits
 
@@ -427,10 +435,10 @@ def test_a_failing_step_ends_its_batch_and_the_loop_goes_on(build, oracle, monke
     one = build()
     execute, fail = one.runner.execute, [True]
 
-    def sometimes(scheduled):
+    def sometimes(scheduled, *drawn):
         if fail[0]:
             raise RuntimeError("out of luck")
-        return execute(scheduled)
+        return execute(scheduled, *drawn)
 
     monkeypatch.setattr(one.runner, "execute", sometimes)
     outputs = one.generate([PROMPTS[1], PROMPTS[2]], greedy())

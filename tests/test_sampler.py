@@ -20,6 +20,7 @@ from swiftlite.engine.request import SamplingParams
 from swiftlite.engine.sampler import Sampler, SamplingState, TokenTable, token_logprobs
 
 V = 300
+both = pytest.mark.parametrize("wait", [True, False], ids=["looking", "at once"])
 
 
 def state(prompt=(1, 2, 3), output=(), seed=0, stops=(), **params) -> SamplingState:
@@ -80,7 +81,8 @@ def random_params(rng: random.Random) -> dict:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_batches_equal_the_plain_reference(seed, dtype):
+@both
+def test_mixed_batches_equal_the_plain_reference(seed, dtype, wait):
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     states, rows = [], []
     for number in range(24):
@@ -89,7 +91,7 @@ def test_mixed_batches_equal_the_plain_reference(seed, dtype):
         params = random_params(rng)
         states.append(state(prompt, output, seed=number, stops={2, 4}, **params))
         rows.append((prompt, output, SamplingParams(**params)))
-    sampler = Sampler()
+    sampler = Sampler(wait=wait)
     for _ in range(5):
         logits = (torch.randn(len(rows), V, generator=generator) * 3).to(dtype)  # bfloat16 has many ties
         uniforms = [one.uniform() for one in states]
@@ -168,10 +170,11 @@ def test_seeded_rows_do_not_depend_on_their_company():
     assert [together[row] for row in range(5)] == alone
 
 
-def test_flat_distributions_widen_the_candidates():
+@both
+def test_flat_distributions_widen_the_candidates(wait):
     """top-p over a nearly flat distribution keeps more tokens than are sorted at first."""
     logits = torch.linspace(0, 0.1, 5000).repeat(64, 1)
-    found, _ = Sampler().sample(logits, [state(seed=seed, top_p=0.9) for seed in range(64)])
+    found, _ = Sampler(wait=wait).sample(logits, [state(seed=seed, top_p=0.9) for seed in range(64)])
     assert min(found) >= 450, "the least likely tenth must not be drawn"
     assert max(found) - min(found) > 3000, "the kept set is nearly everything"
 
@@ -199,21 +202,60 @@ def test_logprobs_are_of_the_raw_distribution():
     "wish", [{"temperature": 0}, {"temperature": 1}, {"top_k": 3}, {"top_p": 0.5, "logprobs": 2}, {"repetition_penalty": 1.2}]
 )
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_fails_alone(wish, poison):
+@both
+def test_a_row_that_is_not_finite_fails_alone(wish, poison, wait):
     torch.manual_seed(4)
     clean = torch.randn(3, V)
     dirty = clean.clone()
     dirty[1, 17] = poison
-    expected, _ = Sampler().sample(clean.clone(), [state(seed=i, **wish) for i in range(3)])
-    found, _ = Sampler().sample(dirty, [state(seed=i, **wish) for i in range(3)])
+    expected, _ = Sampler(wait=wait).sample(clean.clone(), [state(seed=i, **wish) for i in range(3)])
+    found, _ = Sampler(wait=wait).sample(dirty, [state(seed=i, **wish) for i in range(3)])
     assert found == [expected[0], -1, expected[2]]
 
 
-def test_masked_entries_are_no_error():
-    logits = torch.full((2, V), -math.inf)
+@both
+def test_masked_entries_are_no_error(wait):
+    logits = torch.full((3, V), -math.inf)
     logits[:, 5] = 1.0
-    found, _ = Sampler().sample(logits, [state(temperature=0), state(top_p=0.9)])
-    assert found == [5, 5]
+    found, _ = Sampler(wait=wait).sample(logits, [state(temperature=0), state(top_p=0.9), state(top_k=3)])
+    assert found == [5, 5, 5]
+
+
+def test_more_equals_of_the_kth_than_candidates():
+    """Tokens with equal scores at top-k's cut are all kept, also those beyond the k best that are looked at; top-p shares them all."""
+    logits = torch.zeros(200, 1000)
+    logits[:, 500] = 2.0
+    for wish in ({"top_k": 2}, {"top_k": 30, "top_p": 0.5}):
+        tokens = [Sampler(wait=wait).sample(logits, [state(seed=i, **wish) for i in range(200)])[0] for wait in (True, False)]
+        assert tokens[0] == tokens[1] and len(set(tokens[1])) > 150
+
+
+def test_drawing_looks_at_no_number():
+    """On the meta device there are none: what waits for the device, be it for one element, fails there."""
+    rng = random.Random(1)
+    states = [state(seed=number, stops={2}, logprobs=number % 3 or None, **random_params(rng)) for number in range(200)]
+    for group in (states, [one for one in states if one.plain], [one for one in states if not one.biased and not one.penalised]):
+        drawn = Sampler(wait=False).draw(torch.empty(len(group), V, device="meta"), group)
+        assert drawn.tokens.shape == (len(group),) and drawn.tokens.dtype == torch.int64
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        Sampler().draw(torch.empty(2, V, device="meta"), [state(top_k=3), state(top_p=0.5)])
+
+
+def test_what_is_drawn_can_be_read_later():
+    """The next logits may be computed in the same memory before the tokens are read."""
+    torch.manual_seed(5)
+    wishes = [{"temperature": 0, "logprobs": 2}, {"top_k": 9}, {"repetition_penalty": 1.4, "logprobs": 0}]
+    steps = [torch.randn(3, V) * 2 for _ in range(3)]
+    expected, late = [], []
+    states = [state(seed=i, **wish) for i, wish in enumerate(wishes)]
+    for logits in steps:
+        expected.append(Sampler().sample(logits.clone(), states))
+    states, buffer, sampler = [state(seed=i, **wish) for i, wish in enumerate(wishes)], torch.empty(3, V), Sampler(wait=False)
+    for logits in steps:
+        drawn = sampler.draw(buffer.copy_(logits), states)
+        buffer.fill_(math.nan)
+        late.append(drawn.read())
+    assert late == expected
 
 
 def test_min_tokens_holds_back_stop_ids():

@@ -16,6 +16,7 @@ from torch import Tensor
 from swiftlite.engine import triton_attention as kernels
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.kv import AttentionLayer, KVCache
+from swiftlite.engine.transfer import to_device
 
 SHORT = 4  # queries: up to so many, a sequence is launched with the decoding ones
 
@@ -94,9 +95,3 @@ def decode_pages(query_start: Tensor, context_len: Tensor, tables: Tensor, conte
 def processors_of(device: torch.device) -> int:
     """Programs that run at the same time, about; a small number in the interpreter, so that it splits too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of Python numbers on the device, without waiting for what runs there."""
-    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)

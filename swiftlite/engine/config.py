@@ -20,6 +20,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     quantization: str | None = None  # "int8": the linears in 8 bits from load on, a scale per output (on a CPU)
     enforce_eager: bool = False  # no CUDA graphs
+    overlap: bool | None = None  # read a step's tokens while the next one runs; None: where there is a GPU that runs it
     max_lora_rank: int = 512
     adapter_memory: int | None = None  # bytes for the weights of adapters on the device; others are read again when wanted
     adapter_host_memory: int | None = None  # bytes to keep adapters beside a GPU that are not on it

@@ -77,6 +77,8 @@ class Engine:
             # weights: 512 tokens at a time are up to 10 % slower than 2048 on a CPU (by its memory), and far slower on a GPU.
             few = 512 if self.device.type == "cpu" else 2048
             self.config = config = dataclasses.replace(config, max_num_batched_tokens=few, max_num_prompt_tokens=2048)
+        if config.overlap is None:  # a CPU that runs the next step has no time to read the last one's tokens
+            self.config = config = dataclasses.replace(config, overlap=self.device.type == "cuda")
         self.runner = in_own_thread(lambda: Runner(model_dir, config, self.dtype, self.device, model=model))
         self.vocab_size = self.runner.vocab_size
         self.max_model_len = min(self.runner.max_model_len, self.runner.num_blocks * config.block_size)

@@ -1,9 +1,10 @@
 """Decode steps in buffers of fixed shape, captured as CUDA graphs by batch size.
 
 A step with one new token for every sequence is padded to the next size that there is a graph for. Its inputs are written into
-pinned memory, copied in two transfers into tensors that never move, and the size's graph is replayed. Padded rows store nothing
-(slot -1), attend to nothing (context -1) and their logits are dropped. Batches with adapters have graphs of their own, whose
-adapter rows come from a table too; those are captured at first use, and again when the adapter tables change their shape.
+pinned memory, copied in two transfers into tensors that never move, and the size's graph is replayed. Tokens that the last step
+left on the device are put among the ids there. Padded rows store nothing (slot -1), attend to nothing (context -1) and their logits
+are dropped. Batches with adapters have graphs of their own, whose adapter rows come from a table too; those are captured at first
+use, and again when the adapter tables change their shape.
 
 Invariants: nothing between the copies and the logits waits for the GPU; the buffers are only written when their last transfer is
 done; all graphs share one memory pool and one output, so a step's logits are valid until the next step.
@@ -23,6 +24,7 @@ from swiftlite.engine.bridge import Bridge, ForwardBatch
 from swiftlite.engine.kv import KVCache
 from swiftlite.engine.lora import AdapterVersion, LoraManager
 from swiftlite.engine.lora_cuda import DeviceJob
+from swiftlite.engine.transfer import put_tokens
 
 if TYPE_CHECKING:
     from swiftlite.engine.scheduler import Scheduled
@@ -77,11 +79,11 @@ class DecodeGraphs:
         """Whether this step is one that `run` can do: one new token for each sequence, all with logits."""
         return len(scheduled) <= self.sizes[-1] and all(item.count == 1 and item.rows == 1 for item in scheduled)
 
-    def run(self, scheduled: list[Scheduled]) -> Tensor:
-        """One decode step: logits [S, V], a row per item in order, valid until the next step."""
+    def run(self, scheduled: list[Scheduled], drawn: Tensor | None = None) -> Tensor:
+        """One decode step: logits [S, V], a row per item in order, valid until the next step. `drawn` as in `Runner.execute`."""
         count = len(scheduled)
         size = next(size for size in self.sizes if size >= count)
-        segments = self._fill(scheduled, size)
+        segments = self._fill(scheduled, size, drawn)
         adapted = any(version is not None for version, _ in segments)
         if adapted and size not in self._jobs:
             self._jobs[size] = self.tables.static_job(size)
@@ -95,7 +97,7 @@ class DecodeGraphs:
             graph.graph.replay()
         return self._logits[:count]
 
-    def _fill(self, scheduled: list[Scheduled], size: int) -> list[tuple[AdapterVersion | None, int]]:
+    def _fill(self, scheduled: list[Scheduled], size: int, drawn: Tensor | None) -> list[tuple[AdapterVersion | None, int]]:
         """Write and copy the step's inputs, rows grouped by adapter; returns the runs of rows by adapter, padding included."""
         if self._copied is not None:
             self._copied.synchronize()
@@ -108,12 +110,17 @@ class DecodeGraphs:
         ids, positions, slots, rows = self._host_long.numpy()
         contexts, flat = self._host_short.numpy()[:most], self._host_short.numpy()[most : most + count * width]
         tables = flat.reshape(count, width)
+        late: list[tuple[int, int]] = []  # rows whose token only the device knows, and its place in `drawn`
         row = 0
         for members in groups.values():
             for index in members:
                 item = scheduled[index]
-                at, table = item.start, item.seq.block_table
-                ids[row], positions[row], contexts[row], rows[index] = item.seq.token_ids[at], at, at, row
+                at, table, tokens = item.start, item.seq.block_table, item.seq.token_ids
+                if at < len(tokens):
+                    ids[row] = tokens[at]
+                else:
+                    late.append((row, item.seq.late))
+                positions[row], contexts[row], rows[index] = at, at, row
                 slots[row] = table[at // block] * block + at % block
                 tables[row, : len(table)] = table
                 row += 1
@@ -125,6 +132,9 @@ class DecodeGraphs:
         self._block_tables[:count, :width] = self._short[most:used].view(count, width)
         if self._copied is not None:
             self._copied.record()
+        if late:
+            assert drawn is not None, "a token is on the device, but not given"
+            put_tokens(self._long[0], late, drawn)
         segments: list[tuple[AdapterVersion | None, int]] = [
             (scheduled[members[0]].seq.adapter, len(members)) for members in groups.values()
         ]

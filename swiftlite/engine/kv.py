@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swiftlite.engine.transfer import to_device
+
 FRESH_PAGES = 64 << 20  # bytes from which the C library surely asks the system for new pages
 
 
@@ -71,7 +73,7 @@ class KVCache:
         """Copy whole blocks (source, destination) in every layer: the copy of copy-on-write."""
         if not pairs:
             return
-        sources, targets = torch.tensor(pairs, dtype=torch.int64, device=self.device).unbind(1)
+        sources, targets = to_device(pairs, torch.int64, self.device).unbind(1)
         for pool in (*self.keys, *self.values):
             pool[targets] = pool[sources]
 

@@ -171,7 +171,7 @@ class StepLoop:
         with torch.inference_mode():
             while True:
                 with self._lock:
-                    while not self._inbox and not self._stopping and self.scheduler.idle:
+                    while not self._inbox and not self._stopping and self._steps.idle:
                         self._forget_gone()
                         self._look_for_leaks()
                         self._lock.wait()
@@ -182,7 +182,7 @@ class StepLoop:
                     for message in inbox:
                         message()
                     self._forget_gone()
-                    if not self.scheduler.idle:
+                    if not self._steps.idle:
                         self._steps.step()
                 except Exception as error:  # a bug of ours: give up what runs, not the engine
                     logger.exception("the step loop failed; all its requests end with an error")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from swiftlite.engine import triton_lora as kernels
-from swiftlite.engine.attention_cuda import processors_of, to_device
+from swiftlite.engine.attention_cuda import processors_of
 from swiftlite.engine.lora_ops import Segment, Stack
+from swiftlite.engine.transfer import to_device
 
 ROWS_FEW, ROWS_MANY = 16, 64  # rows of a task: decode, prefill
 FIRST_CAPACITY = 64  # stacks; doubled when full

@@ -24,6 +24,7 @@ from swiftlite.engine.kv import KVCache, available_memory
 from swiftlite.engine.layers import fuse_layers
 from swiftlite.engine.lora import LoraManager
 from swiftlite.engine.panels import choose_pack
+from swiftlite.engine.transfer import put_tokens, to_device
 from swiftlite.errors import ModelError
 from swiftlite.kernels.build import load_library
 from swiftlite.kernels.steps import Kernels
@@ -154,8 +155,8 @@ class Runner:
             )  # fmt: skip
         return int(blocks)
 
-    def build_batch(self, scheduled: list[Scheduled]) -> ForwardBatch:
-        """Tensors of one step: rows grouped by adapter, logits rows in the order of `scheduled`."""
+    def build_batch(self, scheduled: list[Scheduled], drawn: Tensor | None = None) -> ForwardBatch:
+        """Tensors of one step: rows grouped by adapter, logits rows in the order of `scheduled`; `drawn` as in `execute`."""
         groups: dict[int, list[int]] = {}  # by identity of the adapter version
         for index, item in enumerate(scheduled):
             groups.setdefault(id(item.seq.adapter), []).append(index)
@@ -166,6 +167,7 @@ class Runner:
         slices: list[SequenceSlice] = []
         adapters: list[tuple[object, int]] = []
         wanted: dict[int, range] = {}
+        late: list[tuple[int, int]] = []  # rows whose token only the device knows, and its place in `drawn`
         for members in groups.values():
             first_row = len(ids)
             for index in members:
@@ -175,19 +177,28 @@ class Runner:
                 ids.extend(tokens[item.start : end])
                 ids.extend(item.draft)
                 positions.extend(range(item.start, end))
+                if len(ids) < len(positions):
+                    late.append((len(ids), item.seq.late))
+                    ids.append(0)
                 slots.extend(table[position // size] * size + position % size for position in range(item.start, end))
                 wanted[index] = range(len(ids) - item.rows, len(ids))
             adapters.append((scheduled[members[0]].seq.adapter, len(ids) - first_row))
         rows = [row for index in range(len(scheduled)) for row in wanted[index]]
         pages = None if self._pages is None else self._pages(slices, len(ids), self.device)
-        flat = [torch.tensor(values, dtype=torch.int64, device=self.device) for values in (ids, positions, slots, rows)]
+        flat = [to_device(values, torch.int64, self.device) for values in (ids, positions, slots, rows)]
+        if late:
+            assert drawn is not None, "a token is on the device, but not given"
+            put_tokens(flat[0], late, drawn)
         return ForwardBatch(flat[0], flat[1], flat[2], slices, flat[3], adapters, pages)
 
-    def execute(self, scheduled: list[Scheduled]) -> Tensor:
-        """Run one step. Returns logits [S, V]: for each item, in order, those of its last `rows` tokens."""
+    def execute(self, scheduled: list[Scheduled], drawn: Tensor | None = None) -> Tensor:
+        """Run one step. Returns logits [S, V]: for each item, in order, those of its last `rows` tokens.
+
+        `drawn` [R] int64 are the tokens that the last step left on the device, where sequences have them (`Sequence.late`).
+        """
         if self._decode is not None and self._decode.takes(scheduled):
-            return self._decode.run(scheduled)
-        batch = self.build_batch(scheduled)
+            return self._decode.run(scheduled, drawn)
+        batch = self.build_batch(scheduled, drawn)
         self.lora.set_batch(batch.adapters, logits_rows=batch.logits_index)
         return self.bridge.forward(batch, self.cache)
 

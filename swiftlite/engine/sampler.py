@@ -10,24 +10,28 @@ Randomness is counter-based: the n-th token of a request uses one uniform number
 function in vocabulary order. A seeded request draws the same tokens in any batch row, beside any other request, and after a
 preemption. What does not need a [B, V] copy makes none; rows without special wishes cost one max over the row.
 
-A row whose best logit is not finite (NaN wins every max) yields token -1. It does not know sequences, stop rules or text.
+A row whose best logit is not finite (NaN wins every max) yields token -1. Sampling has two halves: `draw` tells the device what to
+do, `Drawn.read` waits for the outcome, so that a step's tokens can be read while the next one runs.
+It does not know sequences, stop rules or text.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from swiftlite.engine.draw import CANDIDATES, draw_cut, draw_cut_at_once, inverse
 from swiftlite.engine.request import SamplingParams, TokenLogprob
+from swiftlite.engine.transfer import Readback, to_device
 from swiftlite.kernels.steps import DTYPES, Kernels
 
 _MASK = 2**64 - 1
-CANDIDATES = 64  # best tokens that top-k and top-p look at first; a row whose kept set is larger is sorted whole
 BEST_ROWS = 32  # rows that are in fp32 at once
 CHUNK = 2**19  # logits that are worked on at once, so that they stay in the processor's cache
 
@@ -108,25 +112,53 @@ class SamplingState:
 class _Plan:
     """What a batch of the same sequences needs, step after step."""
 
-    plain: bool  # all greedy, nothing else: one max
     biased: list[int]
     penalised: list[int]
     logprobs: list[int]
-    drawn: list[int]  # rows that are sampled: those without top-k and top-p first
-    free: int  # how many of them
+    drawn: list[int]  # rows that are sampled: those without top-k and top-p first, then those with a small top-k
+    free: int  # how many of them have neither
+    few: int  # where those with a small top-k end
+    most: int  # the largest of those
+    min_p: bool  # some row has a min-p
     index: Tensor  # [drawn]
+    scored: Tensor  # [logprobs]
     inverse_temperature: Tensor  # [drawn, 1]
     log_min_p: Tensor  # [drawn, 1]; -inf: off
-    top_k: Tensor  # [drawn, 1]; 0: off
-    top_p: Tensor  # [drawn, 1]; 2: off
-    penalties: Tensor  # [penalised, 3]: repetition, frequency, presence
+    limits: Tensor  # [drawn, 3]: top-k (0: off), top-p (2: off), log of min-p
+    penalties: Tensor  # [penalised, 3]: repetition, frequency, presence; on the host
+
+
+class Drawn:
+    """A step's tokens on the device, and on their way to the host with their log-probabilities."""
+
+    def __init__(self, tokens: Tensor, scored: tuple[Tensor, ...], states: list[SamplingState], plan: _Plan) -> None:
+        self.tokens = tokens  # [B] int64; -1: the row is not finite
+        self._states, self._plan = states, plan
+        self._readback = Readback(tokens, *scored)
+
+    def read(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """What `Sampler.sample` returns; waits for it. Every state of a good row advances by its token."""
+        tensor, *scored = self._readback.read()
+        tokens = tensor.tolist()
+        for state, token in zip(self._states, tokens, strict=True):
+            if token >= 0:
+                state.advance(token)
+        if not scored:
+            return tokens, []
+        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+        where = self._plan.logprobs
+        entries = _entries([tokens[row] for row in where], scored, [self._states[row].logprobs or 0 for row in where])
+        for row, entry in zip(where, entries, strict=True):
+            logprobs[row] = entry
+        return tokens, logprobs
 
 
 class Sampler:
     """Samples the rows of one step; keeps the last batch's plan, which decoding reuses."""
 
-    def __init__(self, kernels: Kernels | None = None) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: Kernels | None = None, *, wait: bool = True) -> None:
+        """`wait`: `draw` may look at what the device has found so far; else it does the same work for every row."""
+        self._kernels, self._wait = kernels, wait
         self._states: list[SamplingState] = []
         self._plan: _Plan | None = None
 
@@ -135,47 +167,34 @@ class Sampler:
 
         May overwrite `logits`. Every state of a good row advances by its token.
         """
+        return self.draw(logits, states).read()
+
+    def draw(self, logits: Tensor, states: list[SamplingState]) -> Drawn:
+        """The first half of `sample`. The states must be up to date: they advance when the tokens are read."""
         plan = self._plan
-        if plan is None or states != self._states or plan.penalties.device != logits.device:
+        if plan is None or states != self._states or plan.index.device != logits.device:
             plan = self._plan = self._make_plan(states, logits)
             self._states = list(states)
-        best, chosen = self._best(logits)
-        if plan.plain:
-            found = chosen.tolist()
-            if not torch.isfinite(best).all():
-                found = [token if ok else -1 for token, ok in zip(found, torch.isfinite(best).tolist(), strict=True)]
-            for state in states:
-                state.count += 1
-            return found, []
+        best, tokens = self._best(logits)
         finite = torch.isfinite(best)
-        if not finite.all():
-            logits[~finite], best = 0.0, torch.where(finite, best, 0.0)  # keep the other rows' arithmetic simple
         changes = bool(plan.biased or plan.penalised)
         raw: Tensor | None = None  # [L, V]: before anything is changed
         if plan.logprobs:
-            raw = (logits if len(plan.logprobs) == len(states) and not changes else logits[plan.logprobs]).float()
+            raw = (logits if len(plan.logprobs) == len(states) and not changes else logits.index_select(0, plan.scored)).float()
         if changes:
             logits = logits.float()
             self._apply_bias(logits, states, plan)
             self._apply_penalties(logits, states, plan)
-            best, chosen = logits.max(dim=-1)
+            best, tokens = logits.max(dim=-1)
             finite &= torch.isfinite(best)  # a bias may have left nothing to choose
-        found = chosen.tolist()
         if plan.drawn:
-            for row, token in zip(plan.drawn, self._draw(logits, best, states, plan), strict=True):
-                found[row] = token
-        for row, ok in enumerate(finite.tolist()):
-            if ok:
-                states[row].advance(found[row])
-            else:
-                found[row] = -1
-        if raw is None:
-            return found, []
-        logprobs: list[TokenLogprob | None] = [None] * len(states)
-        tokens = [max(found[row], 0) for row in plan.logprobs]
-        for row, entry in zip(plan.logprobs, token_logprobs(raw, tokens, [states[r].logprobs or 0 for r in plan.logprobs]), strict=True):
-            logprobs[row] = entry
-        return found, logprobs
+            self._draw(tokens, logits, best, states, plan)
+        tokens = torch.where(finite, tokens, -1)
+        scored: tuple[Tensor, ...] = ()
+        if raw is not None:
+            most = max(states[row].logprobs or 0 for row in plan.logprobs)
+            scored = _scores(raw, tokens.index_select(0, plan.scored).clamp_(min=0), most)
+        return Drawn(tokens, scored, self._states, plan)
 
     def _best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self._kernels is not None and logits.device.type == "cpu" and logits.dtype in DTYPES:
@@ -210,31 +229,40 @@ class Sampler:
         biased = [row for row, state in enumerate(states) if state.biased]
         penalised = [row for row, state in enumerate(states) if state.penalised]
         logprobs = [row for row, state in enumerate(states) if state.logprobs is not None]
-        cut = {row for row, state in enumerate(states) if state.params.top_p < 1 or 0 < state.params.top_k < vocabulary}
-        drawn = sorted((row for row, state in enumerate(states) if not state.greedy), key=cut.__contains__)
+
+        def kind(row: int) -> int:
+            p = states[row].params
+            if 0 < p.top_k < vocabulary:
+                return 1 if p.top_k <= CANDIDATES else 2
+            return 2 if p.top_p < 1 else 0
+
+        drawn = sorted((row for row, state in enumerate(states) if not state.greedy), key=kind)
+        kinds = [kind(row) for row in drawn]
         params = [states[row].params for row in drawn]
-
-        def column(values: list[Any], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
-
+        limits = [
+            [p.top_k if 0 < p.top_k < vocabulary else 0, p.top_p if p.top_p < 1 else 2.0, math.log(p.min_p) if p.min_p else -math.inf]
+            for p in params
+        ]
+        on_device = to_device(limits, torch.float32, device).view(-1, 3)
         return _Plan(
-            plain=not (biased or penalised or logprobs or drawn),
             biased=biased,
             penalised=penalised,
             logprobs=logprobs,
             drawn=drawn,
-            free=sum(row not in cut for row in drawn),
-            index=torch.tensor(drawn, dtype=torch.long, device=device),
-            inverse_temperature=column([1 / p.temperature for p in params]),
-            log_min_p=column([p.min_p for p in params]).log(),
-            top_k=column([p.top_k if 0 < p.top_k < vocabulary else 0 for p in params], torch.long),
-            top_p=column([p.top_p if p.top_p < 1 else 2.0 for p in params]),
+            free=kinds.count(0),
+            few=len(kinds) - kinds.count(2),
+            most=max((p.top_k for p, kind in zip(params, kinds, strict=True) if kind == 1), default=0),
+            min_p=any(p.min_p for p in params),
+            index=to_device(drawn, torch.long, device),
+            scored=to_device(logprobs, torch.long, device),
+            inverse_temperature=to_device([[1 / p.temperature] for p in params], torch.float32, device),
+            log_min_p=on_device[:, 2:],
+            limits=on_device,
             penalties=torch.tensor(
                 [
                     [states[r].params.repetition_penalty, states[r].params.frequency_penalty, states[r].params.presence_penalty]
                     for r in penalised
-                ],
-                device=device,
+                ]
             ),
         )
 
@@ -252,8 +280,9 @@ class Sampler:
             tokens += wishes.keys()
             values += wishes.values()
         if rows:
-            index = (torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device))
-            logits[index] += torch.tensor(values, device=logits.device)
+            device = logits.device
+            index = (to_device(rows, torch.long, device), to_device(tokens, torch.long, device))
+            logits[index] += to_device(values, torch.float32, device)
 
     @staticmethod
     def _apply_penalties(logits: Tensor, states: list[SamplingState], plan: _Plan) -> None:
@@ -262,98 +291,54 @@ class Sampler:
         tables = [states[row].table.arrays() for row in plan.penalised]  # type: ignore[union-attr]
         sizes = torch.tensor([len(ids) for ids, _ in tables])
         device = logits.device
-        rows = torch.tensor(plan.penalised).repeat_interleave(sizes).to(device)  # [N], N distinct tokens of all rows
-        tokens = torch.from_numpy(np.concatenate([ids for ids, _ in tables])).to(device)
-        counts = torch.from_numpy(np.concatenate([counts for _, counts in tables])).to(device)
-        repetition, frequency, presence = plan.penalties.repeat_interleave(sizes.to(device), dim=0).unbind(1)
+        rows = to_device(torch.tensor(plan.penalised).repeat_interleave(sizes), torch.long, device)  # [N], distinct tokens of all rows
+        tokens = to_device(np.concatenate([ids for ids, _ in tables]), torch.long, device)
+        counts = to_device(np.concatenate([counts for _, counts in tables]), torch.float32, device)
+        penalties = to_device(plan.penalties.repeat_interleave(sizes, dim=0), torch.float32, device)
+        repetition, frequency, presence = penalties.unbind(1)
         scores = logits[rows, tokens]
         scores = torch.where(scores < 0, scores * repetition, scores / repetition)
         logits[rows, tokens] = scores - counts * frequency - (counts > 0) * presence
 
-    def _draw(self, logits: Tensor, best: Tensor, states: list[SamplingState], plan: _Plan) -> list[int]:
-        """A token for each row of plan.drawn."""
-        uniform = torch.tensor([[states[row].uniform()] for row in plan.drawn], device=logits.device)
+    def _draw(self, tokens: Tensor, logits: Tensor, best: Tensor, states: list[SamplingState], plan: _Plan) -> None:
+        """Write a token for each row of plan.drawn into `tokens` [B]."""
+        uniform = to_device([[states[row].uniform()] for row in plan.drawn], torch.float32, logits.device)
         at_once = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(plan.drawn)
-        tokens: list[int] = []
-        for first, end in ((0, plan.free), (plan.free, len(plan.drawn))):
+        few = len(plan.drawn) if self._wait else plan.few
+        for first, end, most in ((0, plan.free, 0), (plan.free, few, plan.most), (few, len(plan.drawn), 0)):
             for start in range(first, end, at_once):
                 part = slice(start, min(start + at_once, end))
                 rows = plan.index[part]
                 scores = logits.index_select(0, rows).float()  # [R, V], a copy; then best score 0
                 scores.sub_(best.index_select(0, rows).float().unsqueeze(1)).mul_(plan.inverse_temperature[part])
                 if start < plan.free:
-                    tokens += _inverse(scores, plan.log_min_p[part], uniform[part]).tolist()
+                    found = inverse(scores, plan.log_min_p[part] if plan.min_p else None, uniform[part])
+                elif self._wait:
+                    found = draw_cut(scores, plan.limits[part], uniform[part])
                 else:
-                    limits = torch.cat([plan.top_k[part].float(), plan.top_p[part], plan.log_min_p[part]], dim=1)
-                    tokens += _draw_cut(scores, limits, uniform[part]).tolist()
-        return tokens
+                    found = draw_cut_at_once(scores, plan.limits[part], uniform[part], most)
+                tokens.index_copy_(0, rows, found)
 
 
-def _inverse(scores: Tensor, floor: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens [R] from scores [R, V], those below `floor` left out, by the inverse distribution function. Overwrites scores."""
-    if bool((floor > -torch.inf).any()):
-        scores.masked_fill_(scores < floor, -torch.inf)
-    reached = scores.exp_().cumsum(dim=-1)
-    total = reached[:, -1:]
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(reached, target, right=True).squeeze(1)
+def _scores(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Log-probabilities [L] of tokens [L] under softmax(logits [L, V]), then the `most` best ones' ids and values [L, most]."""
+    norm = logits.logsumexp(-1, keepdim=True)
+    own = (logits.gather(1, tokens.unsqueeze(1)) - norm).squeeze(1)
+    if not most:
+        return (own,)
+    values, ids = logits.topk(min(most, logits.shape[1]), dim=-1)
+    return own, ids, values - norm
 
 
-def _draw_cut(scores: Tensor, limits: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens [R] from scores [R, V] under limits [R, 3]: top-k (0: off), top-p (2: off), log of min-p. Overwrites scores.
-
-    Most kept sets lie within a few candidates, which are cheap to find; which way a row takes depends on the row alone.
-    """
-    if scores.shape[1] <= CANDIDATES:
-        return _inverse(scores, _lowest_kept(_descending(scores), limits, None), uniform)
-    top_k, top_p, floor = limits.split(1, dim=1)
-    # what top-p is a share of: where top-k does not bound it, the whole row's mass
-    mass = torch.where(scores < floor, 0.0, scores.exp()).sum(-1, keepdim=True) if bool(((top_k == 0) & (top_p < 1)).any()) else None
-    best, tokens = scores.topk(CANDIDATES, dim=-1)  # [R, CANDIDATES]
-    lowest = _lowest_kept(best, limits, mass)
-    # sure: the kept set ends before the candidates do, so equal scores at its end are all in sight
-    sure = (best[:, -1:] < lowest) & (top_k < CANDIDATES)
-    result = torch.empty(len(scores), dtype=torch.long, device=scores.device)
-    inside, outside = sure.squeeze(1).nonzero().squeeze(1), (~sure).squeeze(1).nonzero().squeeze(1)
-    if len(inside):
-        order = tokens[inside].argsort(-1)  # vocabulary order: candidates with equal scores come in any order
-        options = tokens[inside].gather(1, order)
-        pick = _inverse(best[inside].gather(1, order), lowest[inside], uniform[inside])
-        result[inside] = options.gather(1, pick.unsqueeze(1)).squeeze(1)
-    if len(outside):
-        rest = scores[outside]
-        result[outside] = _inverse(rest, _lowest_kept(_descending(rest), limits[outside], None), uniform[outside])
-    return result
-
-
-def _descending(scores: Tensor) -> Tensor:
-    if scores.device.type == "cpu":  # NumPy's vectorised sort takes a thirtieth of torch's time
-        return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
-    return scores.sort(dim=-1, descending=True).values
-
-
-def _lowest_kept(best: Tensor, limits: Tensor, mass: Tensor | None) -> Tensor:
-    """The lowest score [R, 1] that min-p, top-k and top-p keep, of the best scores [R, K] in descending order.
-
-    `mass` [R, 1] is the sum of all weights where K is not the whole vocabulary; it counts where top-k is off.
-    """
-    top_k, top_p, floor = limits.split(1, dim=1)
-    kth = best.gather(1, (top_k.long() - 1).clamp(0, best.shape[1] - 1))
-    inside = (best >= floor) & ((best >= kth) | (top_k == 0))
-    weight = best.exp() * inside
-    reached = weight.cumsum(-1)
-    total = reached[:, -1:] if mass is None else torch.where(top_k > 0, reached[:, -1:], mass)
-    kept = inside & (reached - weight < top_p * total)
-    return torch.where(kept, best, torch.inf).amin(-1, keepdim=True)
+def _entries(tokens: list[int], scored: SequenceOf[Tensor], counts: list[int]) -> list[TokenLogprob]:
+    """What `_scores` found, read: each token with its counts[i] best alternatives."""
+    own, *rest = (tensor.tolist() for tensor in scored)
+    if not rest:
+        return [TokenLogprob(token, value) for token, value in zip(tokens, own, strict=True)]
+    entries = zip(tokens, own, *rest, counts, strict=True)
+    return [TokenLogprob(token, value, dict(zip(ids[:k], top[:k], strict=True))) for token, value, ids, top, k in entries]
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprob]:
     """Log-probability of tokens[i] under softmax(logits[i]), logits [L, V] fp32, and the counts[i] best alternatives."""
-    norm = logits.logsumexp(-1, keepdim=True)
-    own = (logits.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)) - norm).squeeze(1).tolist()
-    most = min(max(counts), logits.shape[1])
-    if not most:
-        return [TokenLogprob(token, value) for token, value in zip(tokens, own, strict=True)]
-    values, ids = logits.topk(most, dim=-1)
-    entries = zip(tokens, own, ids.tolist(), (values - norm).tolist(), counts, strict=True)
-    return [TokenLogprob(token, value, dict(zip(ids[:k], top[:k], strict=True))) for token, value, ids, top, k in entries]
+    return _entries(tokens, _scores(logits, to_device(tokens, torch.long, logits.device), max(counts)), counts)

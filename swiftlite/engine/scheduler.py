@@ -17,6 +17,9 @@ Fairness: waiting requests queue by adapter (the base is one of them) and the qu
 (its place in its own queue) x (number of queues) admissions. The one whose turn it is is never overtaken by a smaller one.
 Preempted sequences come before all of them, oldest first.
 
+Where steps overlap, a sequence's newest token may be known to the device only (`Sequence.total`): `schedule` counts it and needs
+not know it. When `done` is told of a step, all tokens that the step computed are known.
+
 It does not know tensors, sampling or streams.
 """
 
@@ -138,7 +141,7 @@ class Scheduler:
         for seq in list(self.running):
             if not seq.running or seq.paused:  # preempted for an older one a moment ago; or a beam that waits for its siblings
                 continue
-            if len(seq.token_ids) - seq.num_computed > 1:
+            if seq.total - seq.num_computed > 1:
                 started.append(seq)
             elif self._cover(seq, 1):
                 batch.append(Scheduled(seq, seq.num_computed, 1, 1))
@@ -185,7 +188,7 @@ class Scheduler:
 
     def _chunk(self, seq: Sequence, left: int, batch: list[Scheduled]) -> int:
         """Schedule as much of `seq` as budget and blocks allow; returns the number of tokens."""
-        total, start = len(seq.token_ids), seq.num_computed
+        total, start = seq.total, seq.num_computed
         known = seq.request.prompt_logprobs if seq.index == 0 else None
         count = min(total - start, left if known is None else min(left, PROMPT_LOGPROBS_CHUNK))
         room = (len(seq.block_table) + self.pool.num_free) * self.pool.block_size - start
@@ -260,7 +263,7 @@ class Scheduler:
         digests: list[bytes] = []
         if seq.index or seq.request.prompt_logprobs is None:  # prompt log-probabilities need every prompt token computed
             blocks, digests = pool.match(seq.root, seq.token_ids)
-        need = -(-len(seq.token_ids) // pool.block_size) - len(blocks)
+        need = -(-seq.total // pool.block_size) - len(blocks)
         # one spare block for each running sequence, so that the newcomer is not preempted right away
         if need + pool.num_unused(blocks) + len(self.running) > pool.num_free and self.running:
             self._blocked = (seq, pool.num_free)
@@ -269,7 +272,7 @@ class Scheduler:
         pool.share(blocks)
         seq.block_table, seq.digests = blocks, digests
         seq.num_computed = len(blocks) * pool.block_size
-        if not seq.num_cached and len(seq.token_ids) == seq.prompt_len:
+        if not seq.num_cached and seq.total == seq.prompt_len:
             seq.num_cached = seq.num_computed
         if self._preempted and self._preempted[0] is seq:
             del self._preempted[0]

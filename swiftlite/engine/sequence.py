@@ -2,6 +2,9 @@
 
 A sequence has three lengths: cached (found in the prefix cache), computed (K and V are in its blocks) and total (its tokens).
 Prefill, chunk, decode and cache hit are the same thing with other numbers, so there are no modes.
+
+Where steps overlap (step.py), the newest token may still be on the device only: it counts in `total`, but is not in `token_ids`, so
+whoever looks at tokens (streams, the prefix cache, stop rules) never meets one that is not known.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ class Sequence:
     num_cached: int = 0
     num_computed: int = 0
     running: bool = False
+    late: int = -1  # place of its newest token among those that the last step left on the device; -1: all are in token_ids
     paused: bool = False  # a beam whose logits are taken: it goes on once all beams' are
     forked: bool = False  # its partial block may be shared: look before writing
     text_end: int = 0  # answer tokens that are text (the stop token is not)
@@ -73,3 +77,8 @@ class Sequence:
     stop_reason: int | str | None = None
     finish_reason: str | None = None
     ngrams: NgramIndex | None = None  # where drafts come from; None: not speculated
+
+    @property
+    def total(self) -> int:
+        """How many tokens it has, the one on the device included."""
+        return len(self.token_ids) + (self.late >= 0)

@@ -3,6 +3,15 @@
 A step's rows of logits belong to answers that get one token, to drafts that are verified (spec.py), to beams (beam.py) and to
 prompts. A failing step ends its batch with an error; a row that is not finite ends its request alone.
 
+Steps overlap where a GPU runs them (EngineConfig.overlap). The tokens that a step samples stay on the device; the next step is
+scheduled and its forward launched with them from there; only then are they read, appended and shown, while the device works. The
+launched step is sampled after that, so penalties, log-probabilities, stop rules, forks and the prefix cache meet known tokens, as
+without overlap; only `schedule` and the forward do not. An answer's last token by length is foreseen: nothing more is computed for
+it. One that stops for another reason (a stop id or string, an abort, logits that are not finite) may have one more row on its way,
+which is dropped. Its blocks are given back at once all the same: whoever gets them writes them in a later step, and the device
+keeps the order. Left out: an engine that speculates does not overlap, as drafts are made from known tokens; and beams, prompt
+log-probabilities and adapters with an output head of their own have the host wait for their step's forward.
+
 It does not know text (but for stop strings, through the request's detokenizer), threads, or what else a request holds: it is told
 how to end and finish one.
 """
@@ -16,16 +25,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from swiftlite.engine.blocks import BlockPool
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.request import TokenLogprob
-from swiftlite.engine.sampler import Sampler, token_logprobs
+from swiftlite.engine.sampler import Drawn, Sampler, token_logprobs
 from swiftlite.engine.scheduler import Scheduled, Scheduler
 from swiftlite.engine.sequence import Request, Sequence
 from swiftlite.engine.signal import Signal, wake
 from swiftlite.engine.spec import count_accepted
+from swiftlite.engine.transfer import to_device
 from swiftlite.kernels.steps import Kernels
 
 logger = logging.getLogger("swiftlite.engine")
@@ -38,7 +49,7 @@ class Model(Protocol):
     num_blocks: int
     kernels: Kernels | None
 
-    def execute(self, scheduled: list[Scheduled]) -> Tensor: ...
+    def execute(self, scheduled: list[Scheduled], drawn: Tensor | None = None) -> Tensor: ...
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None: ...
 
@@ -68,8 +79,10 @@ class Stepper:
     ) -> None:
         """`end(request, reason, error)` ends what still goes on of a request, `finish(request)` one whose sequences all ended."""
         self.model, self.config, self.counters, self._end, self._finish = model, config, counters, end, finish
-        self.sampler = Sampler(model.kernels)
+        self.overlap = bool(config.overlap) and not config.speculate_ngram
+        self.sampler = Sampler(model.kernels, wait=not self.overlap)
         self.failures = 0  # steps in a row
+        self._unread: tuple[list[Sequence], Drawn] | None = None  # what the last step left on the device, and whose it is
         self.scheduler = self._new_scheduler()
 
     def _new_scheduler(self) -> Scheduler:
@@ -83,38 +96,67 @@ class Stepper:
     def start_over(self) -> None:
         """Forget all sequences and blocks."""
         self.counters["preemptions"] += self.scheduler.num_preemptions
-        self.scheduler = self._new_scheduler()
+        self.scheduler, self._unread = self._new_scheduler(), None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to run or to read."""
+        return self.scheduler.idle and self._unread is None
 
     def count_failure(self) -> None:
         self.failures += 1
         self.counters["failed_steps"] += 1
 
+    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
+        logger.exception("a step failed; its %d requests end with an error", len(sequences))
+        self.count_failure()
+        for seq in sequences:
+            self._end(seq.request, "error", f"the step failed: {type(error).__name__}: {error}")
+
     def step(self) -> None:
+        """One step, or the reading of the last one's tokens where nothing else is left to do."""
         scheduler = self.scheduler
         batch = scheduler.schedule()
-        assert batch, "there is work, but nothing was scheduled"
+        if not batch:
+            assert self._unread is not None, "there is work, but nothing was scheduled"
+            self._read()
+            return
         self.counters["steps"] += 1
         try:
             if scheduler.copies:
                 self.model.copy_blocks(scheduler.copies)
-            logits = self.model.execute(batch)  # [S, V]
+            if self._unread is None:
+                logits = self.model.execute(batch)  # [S, V]
+            else:
+                logits = self.model.execute(batch, self._unread[1].tokens)
+        except Exception as error:
+            self._read()
+            self._fail([item.seq for item in batch], error)
+            return
+        self._read()  # while the device works
+        drawn: Drawn | None = None
+        try:
             rows = self._rows(batch, logits)
             allocated, empty = scheduler.count_slots()
             self.counters["allocated_slots"] += allocated
             self.counters["empty_slots"] += empty
             best = self.sampler.best(logits[rows.beam_where], [b.sampling for b in rows.beams], rows.best) if rows.beams else None
-            if rows.where and (len(rows.where) != len(logits) or rows.where[-1] != len(logits) - 1):
-                logits = logits[rows.where]  # some rows are of prompts, of beams, or of siblings that start together
-            tokens, logprobs = self.sampler.sample(logits, [seq.sampling for seq in rows.sequences]) if rows.where else ([], [])
+            if rows.where:
+                if rows.where != list(range(len(logits))):
+                    # some rows are of prompts, of beams, of sequences that ended, or of siblings that start together
+                    logits = logits.index_select(0, to_device(rows.where, torch.int64, logits.device))
+                drawn = self.sampler.draw(logits, [seq.sampling for seq in rows.sequences])
+            tokens, logprobs = drawn.read() if drawn is not None and not self.overlap else ([], [])
         except Exception as error:
-            logger.exception("a step failed; its %d requests end with an error", len(batch))
-            self.count_failure()
-            for item in batch:
-                self._end(item.seq.request, "error", f"the step failed: {type(error).__name__}: {error}")
+            self._fail([item.seq for item in batch], error)
             return
-        self.failures = 0
         if best is not None:
             self._search(rows.beams, *best)
+        if self.overlap:
+            if drawn is not None:
+                self._leave(rows.sequences, drawn)
+            return
+        self.failures = 0
         if rows.drafts:
             self._drop_rejected(rows, tokens, logprobs)
         if rows.sequences:
@@ -123,15 +165,40 @@ class Stepper:
             if item.seq.running:
                 scheduler.keep(item.seq)
 
+    def _leave(self, sequences: list[Sequence], drawn: Drawn) -> None:
+        """Leave the sequences' next tokens on the device until the next step is launched."""
+        self._unread = sequences, drawn
+        for place, seq in enumerate(sequences):
+            seq.late = place
+        # whatever its last token is, such a sequence goes no further: seats and blocks are free for the next step, as without overlap
+        self.scheduler.remove([seq for seq in sequences if seq.total >= seq.max_len])
+
+    def _read(self) -> None:
+        """Give the sequences the tokens that the last step left on the device, if there are any."""
+        if self._unread is None:
+            return
+        (sequences, drawn), self._unread = self._unread, None
+        for seq in sequences:
+            seq.late = -1
+        try:
+            tokens, logprobs = drawn.read()
+        except Exception as error:  # how a GPU reports what went wrong in the step
+            self._fail(sequences, error)
+            return
+        self.failures = 0
+        self._append(sequences, tokens, logprobs)
+
     def _rows(self, batch: list[Scheduled], logits: Tensor) -> _Rows:
         """Who gets a token now, from which rows of `logits`; starts the siblings of finished prompts."""
         scheduler = self.scheduler
         rows = _Rows()
         end = 0
         for item in batch:
-            scheduler.done(item)
             end += item.rows
             seq, request = item.seq, item.seq.request
+            if seq.finish_reason is not None:  # it had ended before this step
+                continue
+            scheduler.done(item)
             if request.finished or not item.rows:  # the prompt goes on in the next step
                 continue
             if request.prompt_logprobs is not None and seq.index == 0 and len(request.prompt_logprobs) < seq.prompt_len:
