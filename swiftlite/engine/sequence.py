@@ -10,18 +10,30 @@ whoever looks at tokens (streams, the prefix cache, stop rules) never meets one 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from swiftlite.engine.request import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
-    from swiftlite.engine.beam import BeamSearch
     from swiftlite.engine.detok import Detokenizer
     from swiftlite.engine.lora import AdapterVersion
     from swiftlite.engine.lora_store import Weights
     from swiftlite.engine.sampler import SamplingState
     from swiftlite.engine.signal import Signal
     from swiftlite.engine.spec import NgramIndex
+
+
+class Search(Protocol):
+    """What a step needs of a request's beam search (beam.py)."""
+
+    beams: list[Sequence]  # that run
+    candidates: int  # continuations of each that it wants to see
+
+    def take(self, beam: Sequence, tokens: list[int], values: list[float]) -> bool: ...
+
+    def advance(self, scheduler: Any) -> bool: ...
+
+    def settle(self, reason: str = "length") -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +49,7 @@ class Request:
     arrival: float  # seconds, monotonic
     signal: Signal  # wakes the readers
     sequences: list[Sequence] = field(default_factory=list)
-    beam: BeamSearch | None = None  # it owns the sequences that run; `sequences` are its answers, empty until its end
+    beam: Search | None = None  # it owns the sequences that run; `sequences` are its answers, empty until its end
     siblings_pending: bool = False  # n > 1 and the first sequence's prompt is not computed yet
     num_cached: int = 0  # prompt tokens found in the prefix cache
     prompt_logprobs: list[TokenLogprob | None] | None = None
