@@ -2,9 +2,10 @@
 
 usage: bench_vs_peers.py WORK_DIR [--envs DIR] [--peers vllm llamacpp transformers] [--rounds N] [--adapters N] [--quick] [--write]
 
-WORK_DIR gets the benchmark model; --envs holds the peers' environments (scripts/peers/setup.sh). Engines run one after another,
-round by round, so that a slow minute of the machine hits them all; a case's figure is the best over the rounds. Ratios are against
-the best peer of that case.
+WORK_DIR gets the benchmark model; --envs holds the peers' environments (scripts/peers/setup.sh). All engines are loaded, and all but one
+are stopped (SIGSTOP): they take turns case by case, so that a slow minute of the machine hits them all. A case's figure is the best
+over the rounds. Ratios are against the best peer of that case. transformers takes its turn (batch 1, and the mixed requests one at a
+time) in the first round only: it takes minutes.
 """
 
 from __future__ import annotations
@@ -15,81 +16,100 @@ import glob
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-BATCHES = [[1, 128, 64], [8, 128, 64], [32, 128, 64], [1, 1024, 16], [8, 1024, 32]]
-QUICK = [[1, 128, 32], [8, 128, 32]]
-Rows = dict[tuple[int, int, int], dict[str, float]]
+BATCHES = [(1, 128, 64), (8, 128, 64), (32, 128, 64), (1, 1024, 16), (8, 1024, 32)]
+QUICK = [(1, 128, 32), (8, 128, 32)]
+Case = tuple[int, int, int]  # requests at once, prompt tokens (0: mixed lengths), output tokens
 
 
-def run_ours(model: Path, cases: list[list[int]], mixed: int, adapters: list[str], out: Path) -> dict:
-    flags = ["--adapters", *adapters] if adapters else []
-    rows: list[dict] = []
-    report: dict = {}
-    by_length: dict[tuple[int, int], list[int]] = {}
-    for batch, prompt, output in cases:
-        by_length.setdefault((prompt, output), []).append(batch)
-    jobs = [[f"--batch_size={','.join(map(str, b))}", f"--input_output_len={p},{o}"] for (p, o), b in by_length.items()]
-    for job in [*jobs, *([[f"--num_prompts={mixed}"]] if mixed else [])]:
-        command = [sys.executable, "-m", "swiftlite.cli", "bench", "-m", str(model), "--torch_dtype", "bfloat16", "--json", str(out)]
-        subprocess.run([*command, *job, *flags], check=True, stdout=subprocess.DEVNULL)
-        found = json.loads(out.read_text())
-        if "--num_prompts" in job[0]:
-            found["cases"][0] |= {"input_length": 0, "output_length": 0}
-        rows += found["cases"]
-        report = report or found
-    return {**report, "cases": rows}
+class Engine:
+    """A driver process with its engine loaded, stopped but for its turns."""
 
-
-def run_peer(peer: str, python: Path, model: Path, cases: list[list[int]], mixed: int, adapters: list[str], out: Path) -> dict:
-    env = dict(os.environ)
-    if peer == "vllm":
-        preload = glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4") + glob.glob(str(python.parent.parent / "lib/libiomp5.so"))
-        env |= {"VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_LOGGING_LEVEL": "ERROR", "LD_PRELOAD": ":".join(preload)}
-        env["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{len(os.sched_getaffinity(0)) - 1}"  # else one core is kept for its API server
-    job = {"model": str(model), "adapters": adapters, "cases": cases, "mixed": mixed, "out": str(out), "started": time.time()}
-    done = subprocess.run([python, str(HERE / "peers" / f"{peer}_driver.py"), json.dumps(job)], env=env, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{peer} failed:\n{done.stderr[-2000:]}")
-    return json.loads(out.read_text())
-
-
-def best(rounds: list[dict]) -> Rows:
-    """Per case, the best of every figure over the rounds."""
-    found: Rows = {}
-    for report in rounds:
-        for row in report["cases"]:
-            key = (row["batch_size"], row["input_length"], row["output_length"])
-            kept = found.setdefault(key, {})
-            for name, value in row.items():
-                if name.endswith("_per_s"):
-                    kept[name] = max(value, kept.get(name, 0.0))
-    return found
-
-
-def table(results: dict[str, list[dict]]) -> str:
-    engines = list(results)
-    rows = {engine: best(rounds) for engine, rounds in results.items()}
-    lines = ["| case | " + " | ".join(engines) + " | ratio to the best peer |", "|---|" + "---|" * (len(engines) + 1)]
-    for key in rows["swiftlite"]:
-        batch, prompt, output = key
-        kinds = [("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")] if prompt else [("output", "output_tokens_per_s")]
-        case = f"batch {batch}, {prompt} in, {output} out" if prompt else f"{batch} mixed requests (32-1024 in, 16-256 out)"
-        for kind, name in kinds:
-            values = [rows[engine].get(key, {}).get(name) for engine in engines]
-            peers = [value for value in values[1:] if value]
-            ratio = f"{values[0] / max(peers):.2f}x" if peers else "-"
-            shown = " | ".join("-" if value is None else f"{value:.1f}" for value in values)
-            lines.append(f"| {case}: {kind} tok/s | {shown} | {ratio} |")
-    for label, name in (("start to first token, s", "start_to_first_token_s"), ("peak memory, GiB", "peak_memory_gb")):
-        values = [min(report[name] for report in results[engine]) for engine in engines]
-        lines.append(
-            f"| {label} | " + " | ".join(f"{value:.1f}" for value in values) + f" | {values[0] / min(values[1:] or values):.2f}x |"
+    def __init__(self, name: str, python: Path, model: Path, adapters: list[str], work: Path) -> None:
+        env = dict(os.environ)
+        if name == "vllm":
+            preload = glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4") + glob.glob(str(python.parent.parent / "lib/libiomp5.so"))
+            env |= {"VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_LOGGING_LEVEL": "ERROR", "LD_PRELOAD": ":".join(preload)}
+            env["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{len(os.sched_getaffinity(0)) - 1}"  # else one core is kept for its API server
+        self.name, self.answers = name, work / f"{name}.answers"
+        self.answers.unlink(missing_ok=True)
+        job = {"model": str(model), "adapters": adapters, "out": str(self.answers), "started": time.time()}
+        command = [python, str(HERE / "peers" / f"{name}_driver.py"), json.dumps(job)]
+        self.log = open(work / f"{name}.log", "w+")  # noqa: SIM115 (it lives as long as the process)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True, env=env, start_new_session=True
         )
+        self.read = 0  # answers
+        self.rows: dict[Case, dict[str, float]] = {}
+        self.start: float = self._answer()
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+    def _answer(self) -> Any:
+        while True:
+            if self.process.poll() is not None:
+                self.log.seek(0)
+                sys.exit(f"{self.name} failed:\n{self.log.read()[-2000:]}")
+            lines = self.answers.read_text().split("\n")[:-1] if self.answers.exists() else []
+            if len(lines) > self.read:
+                self.read += 1
+                return json.loads(lines[self.read - 1])
+            time.sleep(0.05)
+
+    def measure(self, case: Case) -> None:
+        """Its turn at a case; the best of every figure is kept."""
+        self._signal(signal.SIGCONT)
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(case) + "\n")
+        self.process.stdin.flush()
+        row, kept = self._answer(), self.rows.setdefault(case, {})
+        self._signal(signal.SIGSTOP)
+        for name, value in row.items():
+            kept[name] = max(value, kept.get(name, 0.0))
+
+    def end(self) -> float:
+        """End it; its peak memory in GiB, with that of its children (vLLM's engine is one)."""
+        memory = peak_kib(self.process.pid) / 2**20
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+        return memory
+
+
+def peak_kib(pid: int | str) -> int:
+    """Peak memory of a process and its children, in KiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    own = int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM:" in status else 0
+    children = {child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()}
+    return own + sum(map(peak_kib, children))
+
+
+def table(engines: list[Engine], cases: list[Case], memory: list[float]) -> str:
+    lines = [
+        "| case | " + " | ".join(engine.name for engine in engines) + " | ratio to the best peer |",
+        "|---|" + "---|" * (len(engines) + 1),
+    ]
+    for case in cases:
+        batch, prompt, output = case
+        title = f"batch {batch}, {prompt} in, {output} out" if prompt else f"{batch} mixed requests (32-1024 in, 16-256 out)"
+        for kind in ("prefill", "decode") if prompt else ("output",):
+            values = [engine.rows.get(case, {}).get(f"{kind}_tokens_per_s") for engine in engines]
+            own, peers = values[0], [value for value in values[1:] if value]
+            ratio = f"{own / max(peers):.2f}x" if own and peers else "-"
+            shown = " | ".join("-" if value is None else f"{value:.1f}" for value in values)
+            lines.append(f"| {title}: {kind} tok/s | {shown} | {ratio} |")
+    for label, figures in (("start to first token, s", [engine.start for engine in engines]), ("peak memory, GiB", memory)):
+        shown = " | ".join(f"{value:.1f}" for value in figures)
+        lines.append(f"| {label} | {shown} | {figures[0] / min(figures[1:] or figures):.2f}x |")
     return "\n".join(lines)
 
 
@@ -128,25 +148,33 @@ def main() -> None:
     if not (model / "config.json").exists() or (args.adapters and not Path(f"{model}-lora{args.adapters - 1}").exists()):
         subprocess.run([sys.executable, str(HERE / "peers/make_model.py"), str(model), str(max(args.adapters, 0))], check=True)
     adapters = [f"{model}-lora{i}" for i in range(args.adapters)]
-    cases, mixed = (QUICK, 0) if args.quick else (BATCHES, args.mixed)
-    results: dict[str, list[dict]] = {"swiftlite": [], **{peer: [] for peer in args.peers}}
-    for number in range(args.rounds):
-        for engine, reports in results.items():
-            print(f"round {number + 1}: {engine} ...", file=sys.stderr, flush=True)
-            out = args.work.absolute() / f"{engine}.json"
-            if engine == "swiftlite":
-                reports.append(run_ours(model, cases, mixed, adapters, out))
-            else:
-                batch_cases = [c for c in cases if engine != "transformers" or c[0] == 1]
-                reports.append(run_peer(engine, envs / engine / "bin/python", model, batch_cases, mixed, adapters, out))
-    versions = results["swiftlite"][0]["versions"]
+    cases = QUICK if args.quick else [*BATCHES, *([(args.mixed, 0, 0)] if args.mixed else [])]
+    engines: list[Engine] = []
+    try:
+        for name in ("swiftlite", *args.peers):
+            print(f"starting {name} ...", file=sys.stderr, flush=True)
+            python = Path(sys.executable) if name == "swiftlite" else envs / name / "bin/python"
+            if name == "transformers" and not python.exists():
+                python = Path(sys.executable)
+            engines.append(Engine(name, python, model, adapters, args.work.absolute()))
+        for number in range(args.rounds):
+            for case in cases:
+                for engine in engines if number % 2 == 0 else engines[::-1]:
+                    if engine.name == "transformers" and (number or (case[0] > 1 and case[1])):
+                        continue
+                    print(f"round {number + 1}, {case}: {engine.name} ...", file=sys.stderr, flush=True)
+                    engine.measure(case)
+    finally:
+        memory = [engine.end() for engine in engines]
     title = f"## Serving on a CPU{f', {args.adapters} adapters mixed' if args.adapters else ''}: {cpu_name()}"
     command = " ".join(["python scripts/bench_vs_peers.py WORK_DIR", *sys.argv[2:]]).replace(f" --envs {args.envs}", " --envs ENVS")
     text = "\n".join([
         title, "",
         f"{datetime.date.today()}, {cpu_name()}, {len(os.sched_getaffinity(0))} cores, bfloat16, Qwen3-0.6B's shape with random weights; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()) + f". Best of {args.rounds} rounds, engines in turn.",
-        f"Command: `{command}`", "", table(results), "",
+        f"python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in ("swiftlite", "torch", "transformers"))
+        + f". Best of {args.rounds} rounds, engines in turn, case by case.",
+        f"Command: `{command}`", "", table(engines, cases, memory), "",
     ])  # fmt: skip
     print(text)
     if args.write:

@@ -1,6 +1,7 @@
-"""What every engine is asked, and how a case is measured: shared by the peers' drivers, each run in its peer's own environment.
+"""What every engine is asked, and how a case is measured: shared by the engines' drivers, each run in its engine's own environment.
 
-A batch case runs twice, with one output token (prefill) and whole; decode is the difference. The same as `swift bench`.
+A batch case runs twice, with one output token (prefill) and whole; decode is the difference, as in `swift bench`. A driver loads its
+engine, then measures the cases that come on its standard input, a line each; what it answers goes to a file, because engines print.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 VOCABULARY = 8000  # token ids are drawn from the tokenizer's real part
 
@@ -30,23 +30,17 @@ def mixed(count: int) -> tuple[list[list[int]], list[int]]:
     return prompts_of(1, [prompt for prompt, _ in lengths]), [output for _, output in lengths]
 
 
-def measure(generate: Generate, cases: list[list[int]], mixed_requests: int, repeats: int = 2) -> list[dict[str, float]]:
-    """One row per (batch, prompt, output) case, best of `repeats`, and one for the mixed requests."""
-    rows = []
-    for batch, prompt, output in cases:
-        first = total = float("inf")
-        for repeat in range(repeats):
-            prompts = prompts_of(repeat, [prompt] * batch)
-            first = min(first, _timed(generate, prompts, [1] * batch))
-            total = min(total, _timed(generate, prompts, [output] * batch))
-        decode = batch * (output - 1) / max(total - first, 1e-9)
-        rows.append({"batch_size": batch, "input_length": prompt, "output_length": output, "prefill_tokens_per_s": batch * prompt / first,
-                     "decode_tokens_per_s": decode, "output_tokens_per_s": batch * output / total})  # fmt: skip
-    if mixed_requests:
-        prompts, outputs = mixed(mixed_requests)
-        seconds = _timed(generate, prompts, outputs)
-        rows.append({"batch_size": mixed_requests, "input_length": 0, "output_length": 0, "output_tokens_per_s": sum(outputs) / seconds})
-    return rows
+def measure(generate: Generate, batch: int, prompt: int, output: int, repeats: int = 2) -> dict[str, float]:
+    """Tokens per second of `batch` requests at once, best of `repeats`; `prompt` 0: so many requests of mixed lengths, once."""
+    if not prompt:
+        prompts, outputs = mixed(batch)
+        return {"output_tokens_per_s": sum(outputs) / _timed(generate, prompts, outputs)}
+    first = total = float("inf")
+    for repeat in range(repeats):
+        prompts = prompts_of(repeat, [prompt] * batch)
+        first = min(first, _timed(generate, prompts, [1] * batch))
+        total = min(total, _timed(generate, prompts, [output] * batch))
+    return {"prefill_tokens_per_s": batch * prompt / first, "decode_tokens_per_s": batch * (output - 1) / max(total - first, 1e-9)}
 
 
 def _timed(generate: Generate, prompts: list[list[int]], outputs: list[int]) -> float:
@@ -56,19 +50,13 @@ def _timed(generate: Generate, prompts: list[list[int]], outputs: list[int]) -> 
 
 
 def arguments() -> dict:
-    """The JSON object that bench_vs_peers.py passes: model, adapters, cases, mixed, started (time.time() of the launch), out."""
+    """The JSON object that bench_vs_peers.py passes: model, adapters, started (time.time() of the launch), out (a file for answers)."""
     return json.loads(sys.argv[1])
 
 
-def peak_kib(pid: str) -> int:
-    """Peak memory of a process and its children (vLLM's engine is one), in KiB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    own = int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM:" in status else 0
-    children = {child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()}
-    return own + sum(map(peak_kib, children))
-
-
-def report(out: str, first: float, rows: list[dict[str, float]]) -> None:
-    memory = peak_kib("self") / 2**20
-    with open(out, "w") as file:
-        json.dump({"start_to_first_token_s": first, "peak_memory_gb": memory, "cases": rows}, file)
+def serve(generate: Generate, first: float, repeats: int = 2) -> None:
+    """Say how long the start took, then answer cases [batch, prompt, output] until there are no more."""
+    with open(arguments()["out"], "w") as out:
+        print(json.dumps(first), file=out, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(measure(generate, *json.loads(line), repeats)), file=out, flush=True)

@@ -5,7 +5,7 @@ import os
 import time
 
 import llama_cpp
-from cases import arguments, measure, report
+from cases import arguments, serve
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -119,7 +119,7 @@ def main() -> None:
     engine = Engine(path)
     engine.generate([[5, 6, 7]], [1])
     first = time.time() - started
-    report(job["out"], first, measure(engine.generate, job["cases"], job["mixed"]))
+    serve(engine.generate, first)
 
 
 main()

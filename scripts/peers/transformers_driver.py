@@ -3,7 +3,7 @@
 import time
 
 import torch
-from cases import arguments, measure, report
+from cases import arguments, serve
 from transformers import AutoModelForCausalLM
 
 
@@ -20,7 +20,7 @@ def main() -> None:
 
     generate([[5, 6, 7]], [1])
     first = time.time() - job["started"]
-    report(job["out"], first, measure(generate, job["cases"], job["mixed"], repeats=1))
+    serve(generate, first, repeats=1)
 
 
 main()

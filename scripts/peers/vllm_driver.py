@@ -2,7 +2,7 @@
 
 import time
 
-from cases import arguments, measure, report
+from cases import arguments, serve
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -23,7 +23,7 @@ def main() -> None:
     first = time.time() - job["started"]
     for _ in requests:  # every adapter is loaded before it is timed
         generate([[5, 6, 7]] * len(requests), [1] * len(requests))
-    report(job["out"], first, measure(generate, job["cases"], job["mixed"]))
+    serve(generate, first)
 
 
 if __name__ == "__main__":
