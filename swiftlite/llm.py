@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swiftlite import LLM  # first: it imports torch the quick way
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.engine import Engine
 from swiftlite.engine.request import RequestOutput, SamplingParams
 from swiftlite.errors import UsageError
 from swiftlite.models.catalog import MODELS
-from swiftlite.offline import LLM
 
 __all__ = [
     "LLM", "DeployArguments", "ExportArguments", "InferArguments", "LoRARequest", "ModelType", "SamplingParams", "SftArguments",

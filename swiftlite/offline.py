@@ -27,6 +27,7 @@ class LLM:
     def __init__(
         self, model: str, *, dtype: str = "auto", device: str = "auto", adapters: dict[str, str] | None = None, **settings: Any
     ) -> None:
+        from swiftlite import startup
         from swiftlite.hub import resolve_model
 
         known = [field.name for field in dataclasses.fields(EngineConfig)]
@@ -34,7 +35,9 @@ class LLM:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 raise UsageError(f"LLM has no setting {name!r}", fix=f"did you mean {close[0]}?" if close else "known: " + ", ".join(known))
-        self.engine = Engine(resolve_model(model), EngineConfig(**settings), dtype=dtype, device=device, adapters=adapters)
+        model_dir = resolve_model(model)
+        startup.begin(model_dir)
+        self.engine = Engine(model_dir, EngineConfig(**settings), dtype=dtype, device=device, adapters=adapters)
 
     @cached_property
     def template(self) -> Template:

@@ -94,6 +94,24 @@ def test_heads_are_understood(make_model, family, overrides):
     assert chunked[1].item() == stock[1].item()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_the_body_is_not_run_twice_to_check_a_head(make_model, family):
+    """What the model's own call gave is taken where that call is ours; where it is another, ours is made."""
+    model = load_model(make_model(family), torch.float32, CPU, register())
+    loss, ids = TargetLoss(model), torch.arange(4)[None]
+    body = model.base_model.forward
+    with torch.no_grad():
+        logits, hidden = loss._stock(ids)
+        assert hidden is not None and torch.equal(hidden, loss._hidden(ids, ids, (4,)))
+        torch.testing.assert_close(loss.head.logits(hidden), logits)
+        own = model.forward
+        model.forward = lambda **given: own(**given, output_router_logits=True)
+        assert loss._stock(ids)[1] is None
+        model.forward = lambda **given: own(**{**given, "input_ids": given["input_ids"].clone()})
+        assert loss._stock(ids)[1] is None
+    assert model.base_model.forward == body and not model.base_model._forward_hooks
+
+
 HEADS = {  # family, config, what the adapter is: heads that are more than a product with a frozen weight
     "bias": ("phi", {}, None),
     "multiplier": ("falcon_h1", {}, None),

@@ -71,6 +71,16 @@ def test_the_way_back(panels: Panels) -> None:
         assert torch.equal(PanelWeight(panels, weight).to_dense(), weight)
 
 
+@pytest.mark.parametrize("rows", [(64, 32, 32), (32, 7), (40, 32), (5, 6, 7)])
+def test_weights_below_each_other_are_as_one(panels: Panels, rows: tuple[int, ...]) -> None:
+    """Whether each begins a panel or not."""
+    weights = [torch.randn(n, 48).bfloat16() for n in rows]
+    ours, whole = PanelWeight(panels, *weights), PanelWeight(panels, torch.cat(weights))
+    assert ours.data.shape == whole.data.shape and torch.equal(ours.to_dense(), torch.cat(weights))
+    x = torch.randn(1, 3, 48).bfloat16()
+    assert torch.equal(ours.multiply(x, None), whole.multiply(x, None))
+
+
 def test_what_has_no_panels_goes_to_onednn() -> None:
     pack = choose_pack(library, torch.bfloat16)
     assert isinstance(pack(torch.randn(8, 16).bfloat16()), PanelWeight) and isinstance(pack(torch.randn(8, 15).bfloat16()), OneDnnWeight)

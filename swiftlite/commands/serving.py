@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swiftlite import startup
 from swiftlite.adapters.names import NAME, NAME_RULE
 from swiftlite.errors import AdapterError, CheckpointError, UsageError
 from swiftlite.hub import resolve_model
@@ -173,10 +174,11 @@ def _merged(options: Options, adapters: dict[str, Path]) -> Path:
 
 def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) -> tuple[Engine, list[str]]:
     """The engine with its adapters, and their names. `overrides` are EngineConfig fields."""
+    plan = plan or make_plan(options)
+    startup.begin(plan.model_dir)
     from swiftlite.engine.config import EngineConfig
     from swiftlite.engine.engine import Engine
 
-    plan = plan or make_plan(options)
     settings = {name: options.values[name] for name in ENGINE_FLAGS}
     settings["quantization"] = options.quant
     if options.kv_cache_memory is not None:
@@ -198,14 +200,16 @@ def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) ->
 
 def load_service(options: Options, plan: Plan | None = None) -> Service:
     """Engine, templates and names as one Service."""
-    from swiftlite.chat.template import Template
     from swiftlite.engine.request import SamplingParams
-    from swiftlite.server.protocol import generation_defaults
-    from swiftlite.server.service import Service
 
     plan = plan or make_plan(options)
     flags = {ours: options.values[flag] for flag, ours in SAMPLING_FLAGS.items() if options.values[flag] not in (None, ())}
     SamplingParams(**flags)  # a flag out of range fails here, before the model loads
+    startup.begin(plan.model_dir)
+    from swiftlite.chat.template import Template
+    from swiftlite.server.protocol import generation_defaults
+    from swiftlite.server.service import Service
+
     engine, _ = load_engine(options, plan)
     try:
         template = Template.load(plan.model_dir, engine.tokenizer, name=plan.template, system=plan.system)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from swiftlite import __version__
+from swiftlite import __version__, startup
 from swiftlite.options.parse import Options
 from swiftlite.options.resolve import as_json
 
@@ -48,6 +48,7 @@ def sft(options: Options) -> dict[str, Any]:
     before = flags.read_resumed(options, resumed) if resumed else ({}, None, {})
     start_from = None if resumed else flags.start_from(options)
     model_dir = flags.check(options)
+    startup.begin(model_dir)
     from swiftlite.models.device import choose_device
 
     device = choose_device(ranks.device(options.device))

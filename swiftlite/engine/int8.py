@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from swiftlite.models.packed import Pack, PackedWeight
+from swiftlite.models.packed import Pack, PackedWeight, join_rows
 from swiftlite.quantize.rounding import round_to_nearest
 
 PIECE = 1024  # outputs that are quantized, or dequantized, at a time
@@ -132,13 +132,14 @@ def choose_int8(library: ctypes.CDLL | None) -> Pack:
     """Quantizes a weight [out, in] as it is packed; no whole copy in float32 is ever made."""
     kernels = None if library is None else Kernels(library)
 
-    def pack(weight: Tensor) -> PackedWeight:
+    def pack(*weights: Tensor) -> PackedWeight:
+        weight = join_rows(weights)
         packed = new_int8(kernels, *weight.shape)
         if isinstance(packed, PanelInt8):
-            packed.quantize(weight.detach())
+            packed.quantize(weight)
             return packed
         for first in range(0, len(weight), PIECE):
-            q, scale = round_to_nearest(weight[first : first + PIECE].detach(), 8, None)
+            q, scale = round_to_nearest(weight[first : first + PIECE], 8, None)
             packed.put(first, q, scale[:, 0])
         return packed
 

@@ -11,7 +11,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from swiftlite.models.packed import OneDnnWeight, Pack, PackedWeight
+from swiftlite.models.packed import OneDnnWeight, Pack, PackedWeight, join_rows
+
+PANEL = 32  # outputs (WIDTH in linear.h)
 
 
 class Product(ctypes.Structure):
@@ -40,13 +42,18 @@ class Panels:
 
 
 class PanelWeight:
-    """A bfloat16 weight [out, in] in panels of 32 outputs; `in` is even."""
+    """A bfloat16 weight [out, in] in panels of 32 outputs; `in` is even. It may be given in parts that lie below each other."""
 
-    def __init__(self, panels: Panels, weight: Tensor) -> None:
-        self.panels, (self.n, self.k) = panels, weight.shape
+    def __init__(self, panels: Panels, *weights: Tensor) -> None:
+        if any(len(weight) % PANEL for weight in weights[:-1]):  # else each begins a panel, and no joined copy is needed
+            weights = (join_rows(weights),)
+        self.panels, self.n, self.k = panels, sum(len(weight) for weight in weights), weights[0].shape[1]
         self.data = torch.empty(panels.size(self.n, self.k), dtype=torch.bfloat16)
-        weight = weight.detach().contiguous()
-        panels.pack(self.data.data_ptr(), weight.data_ptr(), self.n, self.k, torch.get_num_threads())
+        place = self.data.data_ptr()
+        for weight in weights:
+            plain = weight.detach().contiguous()
+            panels.pack(place, plain.data_ptr(), len(plain), self.k, torch.get_num_threads())
+            place += plain.nbytes
         self.product = Product(w=self.data.data_ptr(), n=self.n, k=self.k)
         self.address = ctypes.addressof(self.product)
 
@@ -84,7 +91,7 @@ def choose_pack(library: ctypes.CDLL | None, dtype: torch.dtype) -> Pack:
         return OneDnnWeight
     panels = Panels(library)
 
-    def pack(weight: Tensor) -> PackedWeight:
-        return PanelWeight(panels, weight) if panels.size(*weight.shape) else OneDnnWeight(weight)
+    def pack(*weights: Tensor) -> PackedWeight:
+        return PanelWeight(panels, *weights) if panels.size(*weights[0].shape) else OneDnnWeight(*weights)
 
     return pack

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -37,14 +37,17 @@ class PackedWeight(Protocol):
         ...
 
 
-Pack = Callable[[Tensor], PackedWeight]
+class Pack(Protocol):
+    def __call__(self, *weights: Tensor) -> PackedWeight:
+        """Weights [out, in] of one input below each other, as one."""
+        ...
 
 
 class OneDnnWeight:
     """In oneDNN's own blocked layout."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.packed = _reorder(weight.detach())
+    def __init__(self, *weights: Tensor) -> None:
+        self.packed = _reorder(join_rows(weights))
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[-2] == 0:  # no row wants logits; oneDNN refuses empty products
@@ -55,13 +58,18 @@ class OneDnnWeight:
         return self.packed.to_dense()
 
 
-class PackedLinear(nn.Linear):
-    """y = x W^T + b with W only in a packed layout."""
+def join_rows(weights: Sequence[Tensor]) -> Tensor:
+    """Weights [out, in] below each other; one alone is not copied."""
+    return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pack: Pack = OneDnnWeight) -> None:
+
+class PackedLinear(nn.Linear):
+    """y = x W^T + b with W only in a packed layout; W is given as the weights that lie below each other in it."""
+
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None, pack: Pack = OneDnnWeight) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.packed = pack(weight)
+        self.out_features, self.in_features = sum(len(weight) for weight in weights), weights[0].shape[1]
+        self.packed = pack(*weights)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,16 +143,15 @@ def pack_linears(model: nn.Module, shared_inputs: Sequence[Sequence[str]], pack:
     for group in shared_inputs:
         if len(group) > 1 and all(name in plain for name in group):
             linears = [plain.pop(name) for name in group]
-            weight = torch.cat([linear.weight for linear in linears])
             parts = [(name, linear.out_features) for name, linear in zip(group, linears, strict=True)]
-            fused = FusedLinear(parts, PackedLinear(weight, _join_bias(linears), pack))
+            fused = FusedLinear(parts, PackedLinear([linear.weight for linear in linears], _join_bias(linears), pack))
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 _replace(model, name, FusedPart(fused, index, linear.in_features))
                 _forget(linear.weight)
             packed += len(group)
     while plain:
         name, linear = plain.popitem()
-        _replace(model, name, PackedLinear(linear.weight, linear.bias, pack))
+        _replace(model, name, PackedLinear([linear.weight], linear.bias, pack))
         _forget(linear.weight)
         packed += 1
     return packed
