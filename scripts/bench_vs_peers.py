@@ -11,6 +11,7 @@ time) in the first round only: it takes minutes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import glob
 import json
@@ -49,11 +50,16 @@ class Engine:
         )
         self.read = 0  # answers
         self.rows: dict[Case, dict[str, float]] = {}
-        self.start: float = self._answer()
+        try:
+            self.start: float = self._answer()
+        except BaseException:
+            self._signal(signal.SIGKILL)
+            raise
         self._signal(signal.SIGSTOP)
 
     def _signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def _answer(self) -> Any:
         while True:
