@@ -73,7 +73,7 @@ class Engine:
             time.sleep(0.05)
 
     def measure(self, case: Case) -> None:
-        """Its turn at a case; the best of every figure is kept."""
+        """Its turn at a case; the best times are kept."""
         self._signal(signal.SIGCONT)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(case) + "\n")
@@ -81,7 +81,16 @@ class Engine:
         row, kept = self._answer(), self.rows.setdefault(case, {})
         self._signal(signal.SIGSTOP)
         for name, value in row.items():
-            kept[name] = max(value, kept.get(name, 0.0))
+            kept[name] = min(value, kept.get(name, value))
+
+    def rates(self, case: Case) -> dict[str, float]:
+        """Tokens per second by kind; {} for a case that it did not have."""
+        (batch, prompt, output), row = case, self.rows.get(case)
+        if row is None:
+            return {}
+        if not prompt:
+            return {"output": row["tokens"] / row["total_s"]}
+        return {"prefill": batch * prompt / row["first_s"], "decode": batch * (output - 1) / max(row["total_s"] - row["first_s"], 1e-9)}
 
     def end(self) -> float:
         """End it; its peak memory in GiB, with that of its children (vLLM's engine is one)."""
@@ -108,7 +117,7 @@ def table(engines: list[Engine], cases: list[Case], memory: list[float]) -> str:
         batch, prompt, output = case
         title = f"batch {batch}, {prompt} in, {output} out" if prompt else f"{batch} mixed requests (32-1024 in, 16-256 out)"
         for kind in ("prefill", "decode") if prompt else ("output",):
-            values = [engine.rows.get(case, {}).get(f"{kind}_tokens_per_s") for engine in engines]
+            values = [engine.rates(case).get(kind) for engine in engines]
             own, peers = values[0], [value for value in values[1:] if value]
             ratio = f"{own / max(peers):.2f}x" if own and peers else "-"
             shown = " | ".join("-" if value is None else f"{value:.1f}" for value in values)

@@ -1,6 +1,7 @@
 """What every engine is asked, and how a case is measured: shared by the engines' drivers, each run in its engine's own environment.
 
-A batch case runs twice, with one output token (prefill) and whole; decode is the difference, as in `swift bench`. A driver loads its
+A batch case runs twice, with one output token (prefill) and whole; decode is the difference, as in `swift bench`; it is taken from the
+best times over all turns, because the difference of two runs is anything where the machine changes between them. A driver loads its
 engine, then measures the cases that come on its standard input, a line each; what it answers goes to a file, because engines print.
 """
 
@@ -31,16 +32,17 @@ def mixed(count: int) -> tuple[list[list[int]], list[int]]:
 
 
 def measure(generate: Generate, batch: int, prompt: int, output: int, repeats: int = 2) -> dict[str, float]:
-    """Tokens per second of `batch` requests at once, best of `repeats`; `prompt` 0: so many requests of mixed lengths, once."""
+    """Seconds to the first token and to the end of `batch` requests at once, best of `repeats`; `prompt` 0: so many requests of
+    mixed lengths, once, and how many tokens they have."""
     if not prompt:
         prompts, outputs = mixed(batch)
-        return {"output_tokens_per_s": sum(outputs) / _timed(generate, prompts, outputs)}
+        return {"tokens": sum(outputs), "total_s": _timed(generate, prompts, outputs)}
     first = total = float("inf")
     for repeat in range(repeats):
         prompts = prompts_of(repeat, [prompt] * batch)
         first = min(first, _timed(generate, prompts, [1] * batch))
         total = min(total, _timed(generate, prompts, [output] * batch))
-    return {"prefill_tokens_per_s": batch * prompt / first, "decode_tokens_per_s": batch * (output - 1) / max(total - first, 1e-9)}
+    return {"first_s": first, "total_s": total}
 
 
 def _timed(generate: Generate, prompts: list[list[int]], outputs: list[int]) -> float:
