@@ -93,8 +93,8 @@ class Engine:
         return {"prefill": batch * prompt / row["first_s"], "decode": batch * (output - 1) / max(row["total_s"] - row["first_s"], 1e-9)}
 
     def end(self) -> float:
-        """End it; its peak memory in GiB, with that of its children (vLLM's engine is one)."""
-        memory = peak_kib(self.process.pid) / 2**20
+        """End it; its peak memory in GiB, with that of its children (vLLM's engine is one). 0 where it has died."""
+        memory = peak_kib(self.process.pid) / 2**20 if self.process.poll() is None else 0.0
         self._signal(signal.SIGKILL)
         self.process.wait()
         return memory
