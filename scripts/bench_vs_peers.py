@@ -76,8 +76,9 @@ class Engine:
         """Its turn at a case; the best times are kept."""
         self._signal(signal.SIGCONT)
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it died: the wait for its answer says so
+            self.process.stdin.write(json.dumps(case) + "\n")
+            self.process.stdin.flush()
         row, kept = self._answer(), self.rows.setdefault(case, {})
         self._signal(signal.SIGSTOP)
         for name, value in row.items():
@@ -124,7 +125,7 @@ def table(engines: list[Engine], cases: list[Case], memory: list[float]) -> str:
             lines.append(f"| {title}: {kind} tok/s | {shown} | {ratio} |")
     for label, figures in (("start to first token, s", [engine.start for engine in engines]), ("peak memory, GiB", memory)):
         shown = " | ".join(f"{value:.1f}" for value in figures)
-        lines.append(f"| {label} | {shown} | {figures[0] / min(figures[1:] or figures):.2f}x |")
+        lines.append(f"| {label} | {shown} | {figures[0] / (min(figures[1:] or figures) or float('nan')):.2f}x |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,9 @@ from swiftlite.kernels.gradients import Gradients, gradients
 from swiftlite.models import attention_blocks, segments
 from swiftlite.models.fused import fuse, unfuse
 from swiftlite.models.loading import load_model
+from swiftlite.options.parse import parse
 from swiftlite.train.batches import collate
+from swiftlite.train.build import fuse_steps
 from swiftlite.train.lora import Lora, LoraSpec, TrainedCopy
 from swiftlite.train.loss import Head, TargetLoss, chunked_nll
 
@@ -264,6 +266,22 @@ def test_a_trained_norm_is_left_to_torch(make_model) -> None:
     for name, parameter in lora.named_parameters():
         if "input_layernorm" in name:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("copied", ["embed_tokens", "mlp", "input_layernorm", "lm_head"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_module_trained_whole_beside_an_adapter(copied: str, dtype: torch.dtype, make_model) -> None:
+    """Its copy is float32 whatever the base is, and neither it nor the rest is fused wrongly."""
+    model = load_model(make_model("qwen2"), dtype, torch.device("cpu"), segments.register())
+    lora = Lora(model, LoraSpec(4, 8.0, modules_to_save=(copied,)))
+    fuse_steps(parse("sft", ["--model", "x", "--dataset", "y"]), model, lora)
+    model.train()
+    loss = TargetLoss(model)
+    assert loss.onednn == (dtype == torch.bfloat16)
+    loss(batch_of([12, 30]))[0].backward()
+    grads = [p.grad for name, p in lora.named_parameters() if copied in name and "lora_" not in name]
+    assert grads and all(grad is not None and grad.abs().max() > 0 for grad in grads)
+    assert sum(getattr(vars(m).get("forward"), "fused", False) for m in model.modules()) >= 3
 
 
 def test_checkpointing_recomputes_the_same(make_model: Callable[[str], Path]) -> None:

@@ -87,9 +87,10 @@ class Answers:
         from swiftlite.engine.config import EngineConfig
         from swiftlite.engine.engine import Engine
         from swiftlite.engine.request import SamplingParams
+        from swiftlite.models.device import base_dtype
 
         config = EngineConfig(max_model_len=self.longest, max_num_seqs=min(ROWS_AT_ONCE, len(prompts)), enforce_eager=True)
-        dtype = str(self.model.dtype).removeprefix("torch.")
+        dtype = str(base_dtype(self.model)).removeprefix("torch.")
         model = twin(self.model) if self.shares else None
         params = SamplingParams(max_tokens=self.max_new_tokens, temperature=0, seed=0, stop_token_ids=list(self.stop_ids))
         with (

@@ -12,7 +12,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt plus answer
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None  # token budget of one step
-    max_num_prompt_tokens: int | None = None  # that of a step which no running answer waits for; None: the same
+    max_num_prompt_tokens: int | None = None  # that of a step which no running answer waits for; None: 2048, or the same
     block_size: int = 16  # tokens a KV block
     enable_prefix_caching: bool = True
     kv_cache_memory: int | None = None  # bytes

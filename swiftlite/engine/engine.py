@@ -76,7 +76,9 @@ class Engine:
             # The shorter a step, the shorter the gap that an arriving prompt leaves in the running streams, but each step reads all
             # weights: 512 tokens at a time are up to 10 % slower than 2048 on a CPU (by its memory), and far slower on a GPU.
             few = 512 if self.device.type == "cpu" else 2048
-            self.config = config = dataclasses.replace(config, max_num_batched_tokens=few, max_num_prompt_tokens=2048)
+            self.config = config = dataclasses.replace(
+                config, max_num_batched_tokens=few, max_num_prompt_tokens=config.max_num_prompt_tokens or 2048
+            )
         if config.overlap is None:  # a CPU that runs the next step has no time to read the last one's tokens
             self.config = config = dataclasses.replace(config, overlap=self.device.type == "cuda")
         self.runner = in_own_thread(lambda: Runner(model_dir, config, self.dtype, self.device, model=model))

@@ -106,17 +106,17 @@ def _gate(mlp: nn.Module, kernels: Kernels) -> Callable[[Tensor], Tensor]:
     """silu(gate_proj(x)) * up_proj(x): in the product itself where the two are one and no adapter adds to it now."""
     gate_proj, up_proj = mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")
     joined: PackedLinear | None = None
+    rows = 0
     if isinstance(gate_proj, FusedPart) and isinstance(up_proj, FusedPart) and gate_proj.fused is up_proj.fused:
         fused = gate_proj.fused
         if isinstance(fused.product.packed, PanelWeight) and fused.widths == [fused.widths[0]] * 2 and gate_proj.index == 0:
-            joined = fused.product
+            rows = fused.product.packed.gate_rows
+            joined = fused.product if rows else None
 
     def forward(x: Tensor) -> Tensor:
-        if joined is not None and "forward" not in vars(joined):
+        if joined is not None and x.shape[-2] >= rows and "forward" not in vars(joined):
             assert isinstance(joined.packed, PanelWeight)
-            out = joined.packed.gated(x, joined.bias)
-            if out is not None:
-                return out
+            return joined.packed.gated(x, joined.bias)
         return kernels.silu_mul(gate_proj.forward(x), up_proj.forward(x))
 
     return forward

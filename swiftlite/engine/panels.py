@@ -34,8 +34,9 @@ class Panels:
         self.size, self.pack, self.linear, self.unpack = (
             library.swift_packed_size, library.swift_pack, library.swift_linear, library.swift_unpack
         )  # fmt: skip
-        self.gated = library.swift_gated
+        self.gated, self.gate_rows = library.swift_gated, library.swift_gate_rows
         self.gated.argtypes = [pointer, integer]
+        self.gate_rows.argtypes, self.gate_rows.restype = [long, long], long
         self.size.argtypes, self.size.restype = [long, long], long
         self.pack.argtypes = self.unpack.argtypes = [pointer, pointer, long, long, integer]
         self.linear.argtypes = [pointer, integer]
@@ -74,10 +75,16 @@ class PanelWeight:
         self.panels.linear(self.address, torch.get_num_threads())
         return out
 
-    def gated(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """silu(gate) * up [.., T, out / 2] of a weight that is the gate's and, behind it, up's; None where that is no single product."""
+    @property
+    def gate_rows(self) -> int:
+        """Rows that `gated` needs at least; 0: there is no such product for this weight on this machine."""
+        return self.panels.gate_rows(self.n, self.k)
+
+    def gated(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """silu(gate) * up [.., T, out / 2] of a weight that is the gate's and, behind it, up's, for `gate_rows` rows or more."""
         x, out = self.prepare(x, bias, self.n // 2)
-        return out if self.panels.gated(self.address, torch.get_num_threads()) else None
+        self.panels.gated(self.address, torch.get_num_threads())
+        return out
 
     def to_dense(self) -> Tensor:
         out = torch.empty(self.n, self.k, dtype=torch.bfloat16)

@@ -1,9 +1,9 @@
 """The C++ kernels: compiled once per machine by the system's compiler, cached, loaded through ctypes.
 
-Nothing happens at import. The first engine of a machine compiles (a few seconds); the library's name carries a hash of the
+Nothing happens at import. The first use on a machine compiles (seconds); the library's name carries a hash of the
 sources, the compiler, its flags and the CPU, so a change of any makes another file, and a rename puts it in place whole, so
 processes may race. The directory belongs to the user alone, because what lies in it is run. Without a working compiler the
-reason is printed and the engine goes on with torch.
+reason is printed and torch is used instead.
 This module does not know what the kernels compute.
 """
 
@@ -69,7 +69,7 @@ def build(name: str = "engine", directory: Path | None = None, target: tuple[str
     if path.is_file():
         return path
     if directory is None:
-        print(f"kernels: compiling the {name}'s C++ for this machine (once; seconds) ...", flush=True)
+        print(f"kernels: compiling C++ for this machine ({name}; once, some seconds) ...", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         objects = [str(Path(work) / f"{file}.o") for file in sources]
         commands = [[compiler, *flags, "-c", str(here / file), "-o", to] for file, to in zip(sources, objects, strict=True)]

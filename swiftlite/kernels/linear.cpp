@@ -76,14 +76,17 @@ void swift_linear(const Product* product, int threads) {
 }
 
 // The first half of the product's columns is a gate, out [rows][n / 2] = silu(gate) * the other half, rounded as if each were stored.
-// 0: not done, because this machine or this shape has no such product.
-int swift_gated(const Product* product, int threads) {
+void swift_gated(const Product* product, int threads) {
 #ifdef SWIFT_AMX
-    if (product->rows >= UNIT_ROWS && product->k % DEPTH == 0 && product->n % (2 * WIDTH) == 0 && amx_ready()) {
 #pragma omp parallel num_threads(threads)
-        gate_by_unit(*product, omp_get_thread_num(), omp_get_num_threads());
-        return 1;
-    }
+    gate_by_unit(*product, omp_get_thread_num(), omp_get_num_threads());
+#endif
+}
+
+// Rows from which on a weight [n][k] has that product; 0: it has none here.
+int64_t swift_gate_rows(int64_t n, int64_t k) {
+#ifdef SWIFT_AMX
+    if (k % DEPTH == 0 && n % (2 * WIDTH) == 0 && amx_ready()) return UNIT_ROWS;
 #endif
     return 0;
 }
@@ -94,6 +97,7 @@ int64_t swift_packed_size(int64_t, int64_t) { return 0; }
 void swift_pack(bf16*, const bf16*, int64_t, int64_t, int) {}
 void swift_unpack(bf16*, const bf16*, int64_t, int64_t, int) {}
 void swift_linear(const Product*, int) {}
-int swift_gated(const Product*, int) { return 0; }
+void swift_gated(const Product*, int) {}
+int64_t swift_gate_rows(int64_t, int64_t) { return 0; }
 }
 #endif

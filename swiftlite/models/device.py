@@ -75,6 +75,12 @@ def choose_dtype(flag: str, device: torch.device, checkpoint: str | None = None)
     return dtype
 
 
+def base_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Of a model's frozen weights, or of all where none is: copies that are trained beside an adapter are float32 whatever the base."""
+    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    return next((parameter.dtype for parameter in floating if not parameter.requires_grad), floating[0].dtype)
+
+
 def _matmul_seconds(dtype: torch.dtype) -> float:
     """Best of three [64, 1024] x [1024, 1024] products."""
     x, w = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)

@@ -34,17 +34,17 @@ class Fused:
 
 
 @torch.inference_mode()
-def fuse(model: PreTrainedModel, kernels: Kernels) -> Fused:
-    """Replace what the kernels do equally. Steps whose own weights are trained stay as they are."""
-    done = Fused(kernels)
+def fuse(model: PreTrainedModel, kernels: Kernels, dtype: torch.dtype | None = None) -> Fused:
+    """Replace what the kernels do equally, in `dtype` (None: the model's). Steps whose own weights are trained stay as they are."""
+    done, dtype = Fused(kernels), dtype or model.dtype
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             norm = _fuse_norm(module, kernels)
             if norm is not None:
                 done.norms[module] = norm
-        elif {name for name, _ in module.named_children()} == GATE_PARTS and _fuse_gate(module, kernels, model.dtype):
+        elif {name for name, _ in module.named_children()} == GATE_PARTS and _fuse_gate(module, kernels, dtype):
             done.gates.add(module)
-    done.ropes = _fuse_rope(model, kernels)
+    done.ropes = _fuse_rope(model, kernels, dtype)
     return done
 
 
@@ -92,8 +92,10 @@ def _fuse_norm(module: nn.Module, kernels: Kernels) -> Norm | None:
         wanted = [stock(x) for x in probes]
     except (RuntimeError, TypeError):  # it wants other arguments
         return None
+    if any(y.dtype != weight.dtype for y in wanted):
+        return None
     for kind in range(NORM_KINDS):
-        if all(_same(kernels.rms_norm(x, weight, eps, kind), y) for x, y in zip(probes, wanted, strict=True) if y.dtype == x.dtype):
+        if all(_same(kernels.rms_norm(x, weight, eps, kind), y) for x, y in zip(probes, wanted, strict=True)):
 
             def forward(x: Tensor, kind: int = kind) -> Tensor:
                 return kernels.rms_norm(x, weight, eps, kind) if _takes(x, weight.dtype) else stock(x)
@@ -113,7 +115,10 @@ def _fuse_gate(module: Any, kernels: Kernels, dtype: torch.dtype) -> bool:
         return False
     stock: Callable[[Tensor], Tensor] = module.forward
     x = torch.cat(_probes(1, 3, gate.in_features, dtype=dtype), dim=1)  # in one product: each reads all of the weights
-    if not torch.equal(stock(x), down(activation(gate(x)) * up(x))):  # the module does nothing else
+    try:
+        if not torch.equal(stock(x), down(activation(gate(x)) * up(x))):  # the module does nothing else
+            return False
+    except RuntimeError:  # a float32 copy that is trained, beside a bfloat16 model
         return False
 
     def forward(x: Tensor) -> Tensor:
@@ -130,24 +135,23 @@ class _Rope:
 
     def __init__(self, stock: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self.stock = stock
-        self.table: Tensor | None = None  # the cosines of the running forward, recognised by identity
-        self.kernels: Kernels | None = None  # of the model that it belongs to
+        self.running: tuple[Tensor, Kernels] | None = None  # a forward's cosines, recognised by identity, and its model's kernels
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and q.stride(-1) == k.stride(-1) == 1 and q.dtype == k.dtype == cos.dtype
-        if cos is not self.table or not whole or args or kwargs or self.kernels is None:
+        running = self.running
+        if running is None or cos is not running[0] or not whole or args or kwargs:
             return self.stock(q, k, cos, sin, *args, **kwargs)
-        return self.kernels.rope(q, cos, sin), self.kernels.rope(k, cos, sin)
+        return running[1].rope(q, cos, sin), running[1].rope(k, cos, sin)
 
 
-def _fuse_rope(model: PreTrainedModel, kernels: Kernels) -> int:
+def _fuse_rope(model: PreTrainedModel, kernels: Kernels, dtype: torch.dtype) -> int:
     file = sys.modules[type(model).__module__]
     stock = vars(file).get("apply_rotary_pos_emb")
     tables = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     if stock is None or len(tables) != 1:
         return 0
     wrapper = stock if isinstance(stock, _Rope) else _Rope(stock)
-    dtype = model.dtype
     positions = torch.tensor([[0, 1, 77, 3, 500]])
     rotary, produce = tables[0], tables[0].forward
     try:
@@ -155,7 +159,7 @@ def _fuse_rope(model: PreTrainedModel, kernels: Kernels) -> int:
         dim = cos.shape[-1]
         q, k = (_probes(1, 5, heads, dim, dtype=dtype)[0].transpose(1, 2) for heads in (4, 2))
         wanted = wrapper.stock(q, k, cos, sin)
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         return 0
     if cos.shape != (1, 5, dim) or cos.dtype != dtype or dim % 2:
         return 0
@@ -166,7 +170,7 @@ def _fuse_rope(model: PreTrainedModel, kernels: Kernels) -> int:
         cos, sin = produce(x, position_ids)
         known = kernels.differentiable or torch.is_inference_mode_enabled()
         usable = known and x.shape[0] == 1 and cos.is_contiguous() and sin.is_contiguous()
-        wrapper.table, wrapper.kernels = (cos, kernels) if usable else (None, None)
+        wrapper.running = (cos, kernels) if usable else None
         return cos, sin
 
     _set_forward(rotary, forward)

@@ -92,14 +92,18 @@ def keep_layout(model: Any) -> None:
 
 def fuse_steps(options: Options, model: Any, tuner: Any) -> None:
     """Norms, rotation and gates in one pass each way, on a CPU, where only a plain adapter is trained on whole weights."""
-    from swiftlite.kernels.gradients import gradients, takes
+    from swiftlite.kernels.gradients import gradients
+    from swiftlite.kernels.steps import DTYPES
+    from swiftlite.models.device import base_dtype
     from swiftlite.models.fused import fuse
 
-    weight = model.get_input_embeddings().weight
-    if mixed(tuner) or options.fsdp or options.torch_compile or options.quant_bits or not takes(weight) or (kernels := gradients()) is None:
+    if mixed(tuner) or options.fsdp or options.torch_compile or options.quant_bits:
+        return
+    dtype = base_dtype(model)
+    if model.device.type != "cpu" or dtype not in DTYPES or (kernels := gradients()) is None:
         return
     training = model.training
-    fuse(model.eval(), kernels)
+    fuse(model.eval(), kernels, dtype)
     model.train(training)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swiftlite.kernels.gradients import gradients, takes
+from swiftlite.models.device import base_dtype
 from swiftlite.train.batches import Batch
 from swiftlite.train.lora import TrainedCopy
 
@@ -214,7 +215,7 @@ class TargetLoss(nn.Module):
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None, smoothing: float = 0.0) -> None:
         super().__init__()
         self.model, self.autocast, self.smoothing = model, autocast, smoothing
-        self.onednn = self.device.type == "cpu" and (autocast or model.dtype) == torch.bfloat16
+        self.onednn = self.device.type == "cpu" and (autocast or base_dtype(model)) == torch.bfloat16
         self.sharded = False  # then every process makes as many passes through the model
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self.head = self._known_head()
