@@ -119,7 +119,8 @@ def test_the_words_of_the_chat(model_dir, checkpoint, reference):
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(make_model):
-    long = make_model("llama", max_position_embeddings=8192, eos_token_id=1)
+    # slow enough to be still answering when the signal comes, however busy the machine is
+    long = make_model("llama", max_position_embeddings=8192, eos_token_id=1, num_hidden_layers=32)
     process = start("--model", str(long), "--torch_dtype", "float32", "--top_k", "1", "--repetition_penalty", "1.3")
     assert process.stdin and process.stdout
     process.stdin.write("go on\n")
