@@ -95,8 +95,8 @@ def test_a_gate_in_the_product_is_the_gate_after_it(panels: Panels, rows: int, w
     torch.manual_seed(rows + width)
     weight = PanelWeight(panels, torch.randn(2 * width, k).bfloat16())
     x, add = torch.randn(1, rows, k).bfloat16() * 3 / k**0.5, torch.randn(2 * width).bfloat16() if bias else None
-    if panels.library is library and "amx_bf16" in cpu_name():
-        assert weight.gate_rows == 4
+    if "amx_bf16" in cpu_name():
+        assert library is not None and PanelWeight(Panels(library), torch.zeros(2 * width, k).bfloat16()).gate_rows == 4
     if weight.gate_rows and rows >= weight.gate_rows:
         gate, up = weight.multiply(x, add).split(width, -1)
         steps = load_library("steps")

@@ -205,12 +205,11 @@ def load_service(options: Options, plan: Plan | None = None) -> Service:
     plan = plan or make_plan(options)
     flags = {ours: options.values[flag] for flag, ours in SAMPLING_FLAGS.items() if options.values[flag] not in (None, ())}
     SamplingParams(**flags)  # a flag out of range fails here, before the model loads
-    startup.begin(plan.model_dir)
+    engine, _ = load_engine(options, plan)  # first: it begins the start (startup.py)
     from swiftlite.chat.template import Template
     from swiftlite.server.protocol import generation_defaults
     from swiftlite.server.service import Service
 
-    engine, _ = load_engine(options, plan)
     try:
         template = Template.load(plan.model_dir, engine.tokenizer, name=plan.template, system=plan.system)
         templates = _Templates(plan, template, engine)

@@ -30,7 +30,6 @@ class Panels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self.library = library
         self.size, self.pack, self.linear, self.unpack = (
             library.swift_packed_size, library.swift_pack, library.swift_linear, library.swift_unpack
         )  # fmt: skip

@@ -101,34 +101,23 @@ void best_of_rows(float* best, int64_t* place, const T* x, int64_t rows, int64_t
 }  // namespace
 
 extern "C" {
-#define BOTH(call_bf16, call_float) \
-    if (is_bf16)                    \
-        call_bf16;                  \
-    else                            \
-        call_float;
-
 void swift_rms_norm(int is_bf16, void* out, const void* x, const void* w, int64_t rows, int64_t inner, int64_t outer_stride,
                     int64_t inner_stride, int dim, float eps, int kind, int threads) {
-    BOTH(rms_norm((bf16*)out, (const bf16*)x, (const bf16*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads),
-         rms_norm((float*)out, (const float*)x, (const float*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads))
+    TYPED(rms_norm, (T*)out, (const T*)x, (const T*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads)
 }
 void swift_add_norm(int is_bf16, void* out, void* total, const void* a, const void* b, const void* w, int64_t rows, int dim, float eps,
                     int kind, int threads) {
-    BOTH(add_norm((bf16*)out, (bf16*)total, (const bf16*)a, (const bf16*)b, (const bf16*)w, rows, dim, eps, kind, threads),
-         add_norm((float*)out, (float*)total, (const float*)a, (const float*)b, (const float*)w, rows, dim, eps, kind, threads))
+    TYPED(add_norm, (T*)out, (T*)total, (const T*)a, (const T*)b, (const T*)w, rows, dim, eps, kind, threads)
 }
 void swift_silu_mul(int is_bf16, void* out, const void* gate, const void* up, int64_t rows, int64_t gate_stride, int64_t up_stride, int dim,
                     int threads) {
-    BOTH(silu_mul((bf16*)out, (const bf16*)gate, (const bf16*)up, rows, gate_stride, up_stride, dim, threads),
-         silu_mul((float*)out, (const float*)gate, (const float*)up, rows, gate_stride, up_stride, dim, threads))
+    TYPED(silu_mul, (T*)out, (const T*)gate, (const T*)up, rows, gate_stride, up_stride, dim, threads)
 }
 void swift_rope(int is_bf16, void* out, const void* x, const void* cos, const void* sin, int64_t tokens, int heads, int dim,
                 int64_t token_stride, int64_t head_stride, int threads) {
-    BOTH(rope((bf16*)out, (const bf16*)x, (const bf16*)cos, (const bf16*)sin, tokens, heads, dim, token_stride, head_stride, threads),
-         rope((float*)out, (const float*)x, (const float*)cos, (const float*)sin, tokens, heads, dim, token_stride, head_stride, threads))
+    TYPED(rope, (T*)out, (const T*)x, (const T*)cos, (const T*)sin, tokens, heads, dim, token_stride, head_stride, threads)
 }
 void swift_best_of_rows(int is_bf16, float* best, int64_t* place, const void* x, int64_t rows, int64_t stride, int64_t dim, int threads) {
-    BOTH(best_of_rows(best, place, (const bf16*)x, rows, stride, dim, threads),
-         best_of_rows(best, place, (const float*)x, rows, stride, dim, threads))
+    TYPED(best_of_rows, best, place, (const T*)x, rows, stride, dim, threads)
 }
 }

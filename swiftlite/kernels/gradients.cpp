@@ -171,16 +171,6 @@ void cross_entropy(T* z, const int64_t* labels, const float* factors, float* nll
 }  // namespace
 
 extern "C" {
-// `name` with all its pointers as bfloat16 or float32
-#define TYPED(name, ...)              \
-    if (is_bf16) {                    \
-        using T = bf16;               \
-        name(__VA_ARGS__);            \
-    } else {                          \
-        using T = float;              \
-        name(__VA_ARGS__);            \
-    }
-
 void swift_norm_back(int is_bf16, void* dx, const void* g, const void* x, const void* w, int64_t rows, int64_t inner, int64_t outer_stride,
                      int64_t inner_stride, int dim, float eps, int kind, int threads) {
     TYPED(norm_back, (T*)dx, (const T*)g, (const T*)x, (const T*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads)

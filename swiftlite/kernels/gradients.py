@@ -7,6 +7,7 @@ backward; here x alone is kept. Weights of norms are frozen. Sums are float32; t
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +39,7 @@ class Gradients(Kernels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from ctypes import c_float as real
-        from ctypes import c_int as integer
-        from ctypes import c_int64 as long
-        from ctypes import c_void_p as pointer
-
+        pointer, long, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
         lib = self.library
         lib.swift_norm_back.argtypes = [integer, *[pointer] * 4, *[long] * 4, integer, real, integer, integer]
         lib.swift_rope_back.argtypes = [integer, *[pointer] * 4, long, integer, integer, long, long, integer]

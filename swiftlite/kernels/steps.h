@@ -71,3 +71,13 @@ INLINE void rope_row(T* to, const T* from, const T* cos, const T* sin, int dim) 
         put(to + half + d, rounded1(b * to_float(cos[half + d]), to) + rounded1(a * to_float(sin[half + d]), to));
     }
 }
+
+// In a function with `is_bf16`: the template `name` with T as bfloat16 or float32
+#define TYPED(name, ...)   \
+    if (is_bf16) {         \
+        using T = bf16;    \
+        name(__VA_ARGS__); \
+    } else {               \
+        using T = float;   \
+        name(__VA_ARGS__); \
+    }
