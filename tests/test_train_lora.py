@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from swiftlite.errors import AdapterError, UsageError
 from swiftlite.models.loading import load_model
 from swiftlite.models.segments import register
-from swiftlite.train.lora import Lora, LoraLinear, LoraSpec, TrainedCopy, _LowRank, select
+from swiftlite.train.adapted import LowRank
+from swiftlite.train.lora import Lora, LoraLinear, LoraSpec, TrainedCopy, select
 
 CPU = torch.device("cpu")
 
@@ -59,7 +60,7 @@ def test_gradcheck_in_double():
     torch.manual_seed(0)
     x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 5), (2, 5), (4, 2)))
     weight, bias = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, a, b: _LowRank.apply(x, weight, bias, a, b, 0.5), (x, a, b))
+    assert torch.autograd.gradcheck(lambda x, a, b: LowRank.apply(x, weight, bias, a, b, 0.5), (x, a, b))
 
 
 def test_dropout_hits_only_the_adapter():

@@ -278,8 +278,20 @@ void multiply_int8_by_unit(const Int8Product& p, bf16* kept, int index, int coun
             next(step);
             if (step % blocks.count == 0) widen(before + early + step / blocks.count);
         };
-        unit_panel(blocks, p.x, p.stride, [&](int step) { return kept + (before + step) % ring * piece; }, p.k, p.out + panel * WIDTH, p.n,
-                   along, [&](bf16* out, __m512 low, __m512 high, int64_t row) { outputs.write(out, low, high, p.sums[row]); });
+        for (int64_t block = 0; block < blocks.count; block++) {
+            alignas(64) float sums[32 * WIDTH];
+            const int64_t row = blocks.first(block);
+            bf16* out = p.out + row * p.n + panel * WIDTH;
+            const FetchOut result{out, p.n, blocks.size};
+            clear_sums(blocks);
+            add_products<false>(blocks, p.x + row * p.stride, p.stride, [&](int64_t step) { return kept + (before + step) % ring * piece; }, p.k,
+                                [&](int64_t step) {
+                                    along(block * steps + step);
+                                    result(step);
+                                });
+            store_sums(sums, blocks);
+            each_row(sums, blocks, [&](int r, __m512 low, __m512 high) { outputs.write(out + r * p.n, low, high, p.sums[row + r]); });
+        }
     }
 }
 #endif

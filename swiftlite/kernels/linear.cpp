@@ -8,33 +8,59 @@
 
 #ifdef SWIFT_AMX
 namespace {
+// What a block of rows gave with a panel of the gate and its panel of the other half; finished row by row beside the next block's
+// products, as the unit leaves the vectors idle.
+struct GatedBlock {
+    alignas(64) float sums[2][32 * WIDTH];
+    Columns gate{nullptr, WIDTH}, other{nullptr, WIDTH};
+    bf16* out;
+    int64_t width;
+    int row = 0, rows = 0;
+    INLINE_MEMBER void finish_row() {
+        if (row == rows) return;
+        const auto at = [this](const float* from) { return (v16f)_mm512_load_ps(from + row * WIDTH); };
+        gated(out + row * width, at(sums[0]) + (v16f)gate.low, at(sums[1]) + (v16f)other.low);
+        gated(out + row * width + 16, at(sums[0] + 16) + (v16f)gate.high, at(sums[1] + 16) + (v16f)other.high);
+        row++;
+    }
+};
+
 // As multiply_by_unit, each panel of the gate with its panel of the other half: what both give never goes to memory.
 void gate_by_unit(const Product& p, int index, int count) {
-    const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k, groups = (p.rows * p.k + UNIT_RESIDENT - 1) / UNIT_RESIDENT;
-    for (int64_t group = 0; group < groups; group++) {
-        const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups;
-        const RowBlocks blocks(end - begin);
-        const Tiles tiles = blocks.tiles();
-        for (int64_t panel = panels * index / count; panel < panels * (index + 1) / count; panel++) {
-            const Columns gate(p.bias ? p.bias + panel * WIDTH : nullptr, WIDTH), other(p.bias ? p.bias + width + panel * WIDTH : nullptr, WIDTH);
-            for (int64_t block = 0; block < blocks.count; block++) {
-                const int64_t first = begin + blocks.first(block);
-                alignas(64) float sums[2][32 * WIDTH];
-                bf16* out = p.out + first * width + panel * WIDTH;
-                for (int half = 0; half < 2; half++) {
-                    const bf16* w = p.w + (panel + half * panels) * size;
-                    const Fetch next(w + size, panel + 1 < panels ? size * 2 : 0, blocks.count * p.k / DEPTH);
-                    unit_block(sums[half], blocks, p.x + first * p.stride, p.stride, [w](int step) { return w + step * DEPTH * WIDTH; }, p.k,
-                               out, half ? 0 : width, [&](int step) { next(block * (p.k / DEPTH) + step); });
-                }
-                for (int r = 0; r < blocks.size; r++) {
-                    const auto row = [r](const float* from) { return (v16f)_mm512_load_ps(from + r * WIDTH); };
-                    gated(out + r * width, row(sums[0]) + (v16f)gate.low, row(sums[1]) + (v16f)other.low);
-                    gated(out + r * width + 16, row(sums[0] + 16) + (v16f)gate.high, row(sums[1] + 16) + (v16f)other.high);
-                }
-            }
+    const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
+    const RowBlocks blocks(p.rows);
+    const Tiles tiles = blocks.tiles();
+    Fetch next[2] = {{nullptr, 0, 1}, {nullptr, 0, 1}};
+    GatedBlock done[2];
+    int turn = 0;
+    const auto group = [&](int64_t first, int64_t last, int64_t steps) {
+        for (int half = 0; half < 2; half++)
+            next[half] = Fetch(p.w + (half * panels + last) * size, std::min(last - first, end - last) * size * 2, steps);
+    };
+    multiply_panels(blocks, p.x, p.stride, p.k, begin, end, 2 * size, group,
+                    [&](auto passing, int64_t panel, int64_t row, int64_t before, auto&& ahead) {
+        GatedBlock &last = done[turn ^ 1], &now = done[turn];
+        bf16* out = p.out + row * width + panel * WIDTH;
+        const FetchOut result{out, width, blocks.size};
+        for (int half = 0; half < 2; half++) {
+            const bf16* w = p.w + (half * panels + panel) * size;
+            clear_sums(blocks);
+            add_products<passing>(blocks, p.x + row * p.stride, p.stride, [w](int64_t step) { return w + step * DEPTH * WIDTH; }, p.k,
+                                  [&](int64_t step) {
+                                      next[half](before + step);
+                                      if (half == 0) result(step);
+                                      ahead();
+                                      last.finish_row();
+                                  });
+            store_sums(now.sums[half], blocks);
         }
-    }
+        while (last.row < last.rows) last.finish_row();
+        if (p.bias) now.gate = Columns(p.bias + panel * WIDTH, WIDTH), now.other = Columns(p.bias + width + panel * WIDTH, WIDTH);
+        now.out = out, now.width = width, now.row = 0, now.rows = blocks.size;
+        turn ^= 1;
+    });
+    GatedBlock& last = done[turn ^ 1];
+    while (last.row < last.rows) last.finish_row();
 }
 }  // namespace
 #endif
@@ -48,16 +74,8 @@ void swift_pack(bf16* out, const bf16* w, int64_t n, int64_t k, int threads) {
     const int64_t panels = (n + WIDTH - 1) / WIDTH;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < panels; panel++) {
-        bf16* to = out + panel * WIDTH * k;
-        const int count = n - panel * WIDTH < WIDTH ? n - panel * WIDTH : WIDTH;
-        const __mmask16 low = count >= 16 ? 0xffff : (1u << count) - 1, high = count <= 16 ? 0 : count == WIDTH ? 0xffff : (1u << (count - 16)) - 1;
-        const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)k * 2));
-        const bf16* from = w + panel * WIDTH * k;
-        for (int64_t i = 0; i < k; i += 2) {
-            const __m512i zero = _mm512_setzero_si512();
-            _mm512_storeu_si512(to + i * WIDTH, _mm512_mask_i32gather_epi32(zero, low, rows, from + i, 1));
-            _mm512_storeu_si512(to + i * WIDTH + 32, _mm512_mask_i32gather_epi32(zero, high, rows, from + 16 * k + i, 1));
-        }
+        const int64_t outputs = n - panel * WIDTH < WIDTH ? n - panel * WIDTH : WIDTH;
+        pack_panel(out + panel * WIDTH * k, w + panel * WIDTH * k, k, k, outputs);
     }
 }
 
