@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 LIBRARIES = {  # training needs the first alone, which compiles in 3 s where the second takes 10 on two cores
-    "steps": ("fused.cpp", "gradients.cpp"),
+    "steps": ("fused.cpp", "gradients.cpp", "lowrank.cpp"),
     "engine": ("paged_attention.cpp", "linear.cpp", "int8.cpp", "lora.cpp", "lora_files.cpp"),
 }
 HEADERS = ("vectors.h", "amx.h", "panels.h", "unit.h", "linear.h", "steps.h", "attention.h", "attention_rows.h", "attention_tiles.h")

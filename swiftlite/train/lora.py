@@ -1,7 +1,7 @@
 """Low-rank adapters (arXiv 2106.09685) on a frozen stock model: which modules, the arithmetic, and PEFT's file format.
 
-y = W x + scale * B A x, scale = alpha / rank (rsLoRA: alpha / sqrt(rank)). A and B are float32 masters whatever the base's
-dtype; products run in the base's dtype and no float32 copy of an activation is made. Names, shapes and initialisation are
+y = W x + scale * B A x (adapted.py), scale = alpha / rank (rsLoRA: alpha / sqrt(rank)). A and B are float32 masters whatever the
+base's dtype. Names, shapes and initialisation are
 PEFT's, so `PeftModel.from_pretrained` loads what `save` writes.
 
 Does not know: serving's adapters (adapters/, engine/lora.py), optimizers, checkpoints' other files.
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftlite.errors import AdapterError, UsageError
+from swiftlite.train.adapted import adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,27 +36,6 @@ NOT_PLAIN = (
 )  # fmt: skip
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # as PEFT: their kernels take out_proj's weight as it is
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-class _LowRank(torch.autograd.Function):
-    """Base and adapter product in one node: x is kept once, the adapter adds in place, W gets no gradient. Rows only: a view as
-    the result could not be changed in place, which some models do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low = F.linear(x, a.to(x.dtype))  # [T, in] -> [T, R]
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scale = scale
-        return F.linear(x, weight, bias).addmm_(low, b.to(x.dtype).T, alpha=scale)  # [T, out]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        x, weight, a, b, low = ctx.saved_tensors
-        g_low = (g @ b.to(g.dtype)).mul_(ctx.scale)  # [T, R]
-        g_b = (low.T @ g).T.to(b.dtype).mul_(ctx.scale)  # this way round oneDNN is twice as fast
-        g_a = (g_low.T @ x).to(a.dtype)
-        g_x = (g @ weight).addmm_(g_low, a.to(g.dtype)) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, g_a, g_b, None
 
 
 class LoraLinear(nn.Module):
@@ -91,7 +71,8 @@ class LoraLinear(nn.Module):
             low = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
             return self.base(x) + F.linear(low, self.lora_B.to(x.dtype)) * self.scale
         rows = x.reshape(-1, x.shape[-1])
-        return _LowRank.apply(rows, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale).view(*x.shape[:-1], -1)
+        out = adapted(rows, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+        return out.view(*x.shape[:-1], -1)
 
 
 class TrainedCopy(nn.Module):
