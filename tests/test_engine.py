@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.engine import Engine
 from swiftlite.engine.request import SamplingParams
-from swiftlite.errors import ModelError, OverloadError, RequestError, SwiftError
+from swiftlite.errors import ModelError, OverloadError, RequestError, SwiftError, UsageError
 
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 4, 17, 40, 64)]
 
@@ -323,6 +323,15 @@ def test_what_can_never_run_is_refused_with_numbers(build, prompt, params, words
         one.generate([[1, 2], prompt], greedy(**params))
     one.check()
     assert one.stats()["requests"] == 0
+
+
+@pytest.mark.parametrize(
+    "setting", [{"block_size": 0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"speculate_ngram": -2}, {"gpu_memory_utilization": 7.0}]
+)
+def test_sizes_that_make_no_sense_are_refused(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(UsageError, match=f"{name} must .*{value}"):
+        EngineConfig(**setting)
 
 
 def test_a_full_queue_and_a_used_id_are_refused(build):
