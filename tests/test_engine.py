@@ -440,6 +440,17 @@ def test_a_request_with_bad_logits_fails_alone(build, oracle, monkeypatch):
     assert one.healthy
 
 
+@pytest.mark.parametrize("params", [{}, {"max_tokens": 1}, {"n": 3}, {"use_beam_search": True, "n": 2}], ids=str)
+def test_a_token_without_numbers_spoils_no_prefix(params, build, oracle):
+    """An embedding of NaN: whoever shares the prompt up to there is answered as ever, also where it was computed in one chunk with it."""
+    one = build(enable_prefix_caching=True, block_size=8)
+    one.runner.model.get_input_embeddings().weight.data[99] = math.nan
+    [bad] = one.generate([*PROMPTS[4][:60], 99, 7], greedy(**params))
+    assert "not finite" in bad.error
+    [good] = one.generate(PROMPTS[4], greedy())
+    assert good.error is None and good.outputs[0].token_ids == hf(oracle, PROMPTS[4])
+
+
 def test_a_failing_step_ends_its_batch_and_the_loop_goes_on(build, oracle, monkeypatch):
     one = build()
     execute, fail = one.runner.execute, [True]
