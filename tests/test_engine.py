@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.engine import Engine
 from swiftlite.engine.request import SamplingParams
-from swiftlite.errors import ModelError, OverloadError, RequestError, SwiftError
+from swiftlite.errors import ModelError, OverloadError, RequestError, SwiftError, UsageError
 
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 4, 17, 40, 64)]
 
@@ -325,6 +325,15 @@ def test_what_can_never_run_is_refused_with_numbers(build, prompt, params, words
     assert one.stats()["requests"] == 0
 
 
+@pytest.mark.parametrize(
+    "setting", [{"block_size": 0}, {"max_num_seqs": 0}, {"max_model_len": -5}, {"speculate_ngram": -2}, {"gpu_memory_utilization": 7.0}]
+)
+def test_sizes_that_make_no_sense_are_refused(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(UsageError, match=f"{name} must .*{value}"):
+        EngineConfig(**setting)
+
+
 def test_a_full_queue_and_a_used_id_are_refused(build):
     one = build(max_waiting=2, max_num_seqs=1)
     streams = [one.submit([5, 6], greedy(300), request_id=str(i)) for i in range(3)]
@@ -429,6 +438,17 @@ def test_a_request_with_bad_logits_fails_alone(build, oracle, monkeypatch):
     assert good.outputs[0].token_ids == hf(oracle, PROMPTS[1]) and good.error is None
     assert bad.outputs[0].finish_reason == "error" and "not finite" in bad.error and len(bad.outputs[0].token_ids) == 4
     assert one.healthy
+
+
+@pytest.mark.parametrize("params", [{}, {"max_tokens": 1}, {"n": 3}, {"use_beam_search": True, "n": 2}], ids=str)
+def test_a_token_without_numbers_spoils_no_prefix(params, build, oracle):
+    """An embedding of NaN: whoever shares the prompt up to there is answered as ever, also where it was computed in one chunk with it."""
+    one = build(enable_prefix_caching=True, block_size=8)
+    one.runner.model.get_input_embeddings().weight.data[99] = math.nan
+    [bad] = one.generate([*PROMPTS[4][:60], 99, 7], greedy(**params))
+    assert "not finite" in bad.error
+    [good] = one.generate(PROMPTS[4], greedy())
+    assert good.error is None and good.outputs[0].token_ids == hf(oracle, PROMPTS[4])
 
 
 def test_a_failing_step_ends_its_batch_and_the_loop_goes_on(build, oracle, monkeypatch):

@@ -147,6 +147,12 @@ def test_whole_layers(family: str, layers: int, make_model) -> None:
     assert runner.fused_layers == layers
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_scaled_by_position_are_noticed(dtype: torch.dtype, make_model) -> None:
+    """Ministral 3 differs from Mistral only beyond the length that it was first trained on."""
+    assert Runner(make_model("ministral3"), EngineConfig(num_blocks=8), dtype, CPU).fused_layers == 0
+
+
 def test_a_layer_that_only_looks_alike_is_restored(make_model) -> None:
     model = load_model(make_model("llama"), torch.float32, CPU, NAME)
     layer = model.model.layers[1]

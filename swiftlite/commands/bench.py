@@ -64,12 +64,20 @@ def main(options: Options) -> int:
     if options.model is None and options.model_type is None:
         raise UsageError("swift bench needs a model", fix="add -m DIRECTORY, e.g. -m tiny-chat")
     cases = parse_cases(options.batch_size, options.input_output_len)
+    if options.num_prompts < 0 or not 0 <= options.request_rate < float("inf"):
+        raise UsageError("--num_prompts and --request_rate must be at least 0", fix="0 requests a second: all at once")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UsageError(f"--json {options.json}: its folder does not exist")
+    if options.json and Path(options.json).is_dir():
+        raise UsageError(f"--json {options.json} is a folder", fix="name a file in it")
     from swiftlite.commands.serving import load_engine
 
     engine, names = load_engine(options, enable_prefix_caching=False)
     try:
+        longest = max(prompt + output for _, prompt, output in cases)
+        if not options.num_prompts and longest > engine.max_model_len:
+            why = f"prompt and answer share {engine.max_model_len} tokens"
+            raise UsageError(f"a case of {longest} tokens does not fit", why, "shorten it, or raise --max_model_len")
         started = _seconds_since_start(engine)
         print(f"start to first token: {started:.1f} s")
         if options.num_prompts:
@@ -208,10 +216,13 @@ def _print_line(options: Options, case: Case) -> None:
 
 
 def _print_table(cases: list[Case]) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("batch", "in", "out", "adapters", "prefill tok/s", "decode tok/s", "output tok/s", "latency ms", "p99 ms", "ttft ms")
+    table = Table(box=SIMPLE, padding=0)  # fits 80 columns, which is also what a pipe has
+    for name in ("batch", "in", "out", "adapters", "prefill tok/s", "decode tok/s", "output tok/s", "latency ms", "p99 ms", "ttft ms"):
+        table.add_column(name, justify="right")
     for c in cases:
         rates = (c.prefill_tokens_per_s, c.decode_tokens_per_s, c.output_tokens_per_s, c.latency_ms, c.p99_ms, c.ttft_ms)
         table.add_row(*map(str, (c.batch_size, c.input_length, c.output_length, c.adapters)), *(f"{x:.1f}" for x in rates))

@@ -136,6 +136,16 @@ class BlockPool:
         for block in list(self._by_digest.values()):
             self._forget(block)
 
+    def forget(self, root: bytes, tokens: list[int]) -> None:
+        """Drop the cached blocks that `tokens` begins with; those are handed out before others."""
+        digest = root
+        for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
+            digest, _ = self._chain(digest, tokens, start)
+            if (block := self._by_digest.get(digest)) is not None:
+                self._forget(block)
+                if self.refs[block] == 0:
+                    self._free.move_to_end(block, last=False)
+
     def forget_root(self, root: bytes) -> None:
         """Drop the cached prefixes of one adapter; those blocks are handed out before others."""
         for block in list(self._by_root.get(root, ())):

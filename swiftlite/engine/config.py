@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swiftlite.errors import UsageError
+
+AT_LEAST_1 = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_num_prompt_tokens",
+    "block_size",
+    "num_blocks",
+    "max_lora_rank",
+)
+AT_LEAST_0 = ("kv_cache_memory", "adapter_memory", "adapter_host_memory", "speculate_ngram")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits and sizes. None means: derived at load from the model and the machine."""
+    """Limits and sizes. None means: derived at load from the model and the machine. UsageError for a size that makes no sense."""
 
     max_model_len: int | None = None  # tokens of prompt plus answer
     max_num_seqs: int = 256
@@ -28,3 +41,12 @@ class EngineConfig:
     max_n: int = 128
     speculate_ngram: int = 0  # tokens to guess per step from what the sequence repeats; 0: off
     max_waiting: int = 4096  # queued requests; one more is refused
+
+    def __post_init__(self) -> None:
+        for least, names in ((1, AT_LEAST_1), (0, AT_LEAST_0)):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise UsageError(f"{name} must be at least {least}, got {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(f"gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")

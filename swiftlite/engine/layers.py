@@ -2,8 +2,8 @@
 
 At small batches a step is the reading of the weights plus the overhead of hundreds of small calls; this halves the calls. A layer
 qualifies by its parts (all of them already replaced by checked kernels), and all layers together are then held against the stock
-forward on a short prompt with a cache of its own; one difference and every layer gets its own forward back. The linears stay
-modules that are called one by one, so adapters, packing and fusion work as before.
+forward on a few tokens spread over the whole context, with a cache of their own; one difference and every layer gets its own forward
+back. The linears stay modules that are called one by one, so adapters, packing and fusion work as before.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ def fuse_layers(bridge: Bridge, fused: Fused) -> int:
 
 
 def _trial(bridge: Bridge) -> Tensor:
-    """Logits of a 7-token prompt, in its own small cache."""
+    """Logits of 7 tokens, the last at the context's last position (some models scale queries by position), in their own small cache."""
     cache = KVCache(bridge.layers, 1, 8, bridge.model.dtype, bridge.device)
     ids = torch.tensor([3, 7, 5, 6, 3, 4, 5])
-    at = torch.arange(7)
-    return bridge.forward(ForwardBatch(ids, at, at, [SequenceSlice(0, 7, 0, [0])], at), cache).float()
+    slots = torch.arange(7)
+    positions = slots * (bridge.max_model_len - 1) // 6
+    return bridge.forward(ForwardBatch(ids, positions, slots, [SequenceSlice(0, 7, 0, [0])], slots), cache).float()
 
 
 def _layer_forward(module: nn.Module, bridge: Bridge, fused: Fused) -> Callable[..., Any] | None:

@@ -113,6 +113,16 @@ class Stepper:
         for seq in sequences:
             self._end(seq.request, "error", f"the step failed: {type(error).__name__}: {error}")
 
+    def _end_not_finite(self, request: Request) -> None:
+        """End a request whose logits are no numbers, and forget what it computed.
+
+        A token that gives NaN spoils the keys and values of those before it too (in attention's products a weight of 0 times NaN is
+        NaN), so others would meet it in a prefix that does not hold the token.
+        """
+        for seq in (*request.sequences, *(request.beam.beams if request.beam is not None else ())):
+            self.scheduler.pool.forget(seq.root, seq.token_ids)
+        self._end(request, "error", NOT_FINITE)
+
     def step(self) -> None:
         """One step, or the reading of the last one's tokens where nothing else is left to do."""
         scheduler = self.scheduler
@@ -249,7 +259,7 @@ class Stepper:
             if request.finished:  # a sibling failed a moment ago
                 continue
             if math.isnan(scores[0]):
-                self._end(request, "error", NOT_FINITE)
+                self._end_not_finite(request)
                 continue
             self.counters["generated_tokens"] += 1
             request.first_token = request.first_token or now
@@ -280,7 +290,7 @@ class Stepper:
             if request.finished or seq.finish_reason is not None:  # a sibling failed, or an accepted draft's token was the last
                 continue
             if token < 0:
-                self._end(request, "error", NOT_FINITE)
+                self._end_not_finite(request)
                 continue
             self.counters["generated_tokens"] += 1
             seq.token_ids.append(token)
