@@ -137,9 +137,9 @@ def _as_difference(directory: Path, began: dict[str, Tensor]) -> None:
     else is trained (biases, magnitudes, whole modules) stays as it is; PEFT's own conversion leaves it out."""
     weights = load_file(directory / WEIGHTS)
     for key, tensor in weights.items():
-        if ".lora_A." in key:
+        if ".lora_A." in key or key.endswith(".lora_embedding_A"):
             weights[key] = torch.cat((tensor, began[key]), 0)
-        elif ".lora_B." in key:
+        elif ".lora_B." in key or key.endswith(".lora_embedding_B"):
             weights[key] = torch.cat((tensor, -began[key]), 1)
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
