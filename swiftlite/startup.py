@@ -13,6 +13,7 @@ import gc
 import os
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 WEIGHTS = "*.safetensors"
@@ -24,6 +25,8 @@ def begin(model_dir: Path | None = None) -> None:
         threading.Thread(target=_read_ahead, args=(model_dir,), name="swiftlite-read-ahead", daemon=True).start()
     if "torch" in sys.modules:
         return
+    # what is to be renamed concerns those who write code, not those who run it; and the one may call the other by its old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -68,6 +68,16 @@ def test_words_that_leave_a_flag_to_us():
         parse("sft", ["--lora_rank", "auto"])
 
 
+def test_a_system_prompt_from_a_file_is_read_at_once(tmp_path):
+    (tmp_path / "s.txt").write_text("From a file.\n")
+    assert parse("sft", ["--system", str(tmp_path / "s.txt")]).system == "From a file."  # what a checkpoint's settings keep
+    assert parse("sft", ["--system", "Write into notes.txt"]).system == "Write into notes.txt"
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    for name, why in (("no.txt", "No such file"), ("latin.txt", "not UTF-8")):
+        with pytest.raises(UsageError, match=why):
+            parse("sft", ["--system", str(tmp_path / name)])
+
+
 def test_every_alias_and_no_effect_flag_leads_somewhere():
     everything = {name for command in COMMANDS for name in flags_of(command)}
     assert set(ALIASES.values()) <= everything

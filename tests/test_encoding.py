@@ -174,6 +174,31 @@ def test_columns_flag(template: Template, tmp_path: Path) -> None:
     assert load(options).rows[0].conversation.messages[1] == {"role": "assistant", "content": "a"}
 
 
+def test_a_misspelt_column_is_no_way_to_lose_one(template: Template, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"Frage": "q", "Antwort": "a", "content": "c"}))
+    options = parse("sft", ["--dataset", str(path), "--columns", '{"frage": "qwery", "antwort": "response"}'])
+    with pytest.raises(UsageError, match="did you mean 'query'"):  # or the answers alone would be learnt, as plain text
+        load(options)
+    hidden = '{"frage": "query", "content": "hidden"}'
+    options = parse("sft", ["--dataset", str(path), "--columns", hidden.replace("}", ', "antwort": "response"}')])
+    assert load(options).rows[0].conversation.messages[1]["content"] == "a"
+
+
+def test_half_a_surrogate_pair_drops_its_row_alone(template: Template, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"query": "\ud800", "response": "a"},
+        {"query": "\U0001f600", "response": "a"},
+        {"text": "\udfff"},
+        {"query": "q", "response": "b"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset", str(path), "--split_dataset_ratio", "0"]
+    samples, _, _, report = load_training(parse("sft", flags), template, None)
+    assert len(samples) == 2 and "half a surrogate pair, '\\ud800'; first: a.jsonl:1" in report.table() and "a.jsonl:3" in report.table()
+
+
 def test_chats_need_a_chat_template(tmp_path: Path) -> None:
     base = Template(make_tokenizer("bytelevel"), None, "none")
     path = write(tmp_path / "a.jsonl", 3)

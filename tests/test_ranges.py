@@ -16,6 +16,7 @@ BAD = {
     "a number from 0 up": ["-1", "nan", "inf"],
     "between 0 and 1": ["-0.1", "1.5", "nan"],
     "from 0 to below 1": ["-0.1", "1", "nan"],
+    "from 0 to below 2**63": ["-1", "18446744073709551615"],
 }
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from swiftlite import cli
+from swiftlite.data.encoding import Group, Report
 from swiftlite.train.charts import Line, chart, number, ticks
+from swiftlite.train.report import _data
 
 CHROMIUM = shutil.which("chromium")
 
@@ -49,6 +51,11 @@ def test_it_holds_the_run(run: Path) -> None:
     assert final["last_model_checkpoint"] in text and f"swift infer --ckpt_dir {final['best_model_checkpoint']}" in text
     assert "http://" not in page and "https://" not in page
     assert not list(run.glob(".report*"))
+
+
+def test_a_fate_of_two_words_keeps_its_count() -> None:
+    table = Report(kept=1200, parts={"longer than --max_length 60": Group(1100, ["a.jsonl:1"])}).table()
+    assert "<th>in part</th><td class=num>1,100</td><td>kept without some of their samples: longer than" in _data(table)
 
 
 @pytest.mark.browser

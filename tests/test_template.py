@@ -230,11 +230,6 @@ def test_saved_with_another_tokenizer_is_refused(tmp_path) -> None:
         Template.load(tmp_path, make_tokenizer("bytelevel"))
 
 
-def test_system_from_a_file(tmp_path) -> None:
-    (tmp_path / "s.txt").write_text("From a file.\n")
-    assert Template.load(tmp_path, make_tokenizer("bytelevel"), "chatml", str(tmp_path / "s.txt")).default_system == "From a file."
-
-
 def test_builtin_names_and_fit(tiny_tokenizer_dir) -> None:
     from transformers import AutoTokenizer
 

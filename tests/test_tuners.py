@@ -28,6 +28,9 @@ VARIANTS = {
     "pissa": (LoraSpec(4, 8), Variant(init_weights="pissa")),
     "pissa_niter+rslora": (LoraSpec(4, 8, use_rslora=True), Variant(init_weights="pissa_niter_4")),
     "olora": (LoraSpec(4, 8), Variant(init_weights="olora")),
+    "olora+bias": (LoraSpec(4, 8, target_modules=("q_proj", "v_proj")), Variant(bias="all", init_weights="olora")),
+    "pissa+dora+whole": (LoraSpec(4, 8, modules_to_save=("lm_head", "norm")), Variant(use_dora=True, init_weights="pissa")),
+    "pissa+embeddings": (LoraSpec(4, 8, target_modules=("q_proj", "all-embedding")), Variant(init_weights="pissa", embeddings=True)),
     "embeddings": (LoraSpec(4, 8, target_modules=("q_proj", "all-embedding")), Variant(embeddings=True)),
 }
 

@@ -55,6 +55,15 @@ def _request_error(what: str, fix: str) -> SwiftError:
     return RequestError(what, fix=fix, param="messages")
 
 
+def _whole(text: str, refuse: Callable[[str, str], SwiftError]) -> str:
+    """The text, unless no tokenizer can take it: JSON's escapes can write half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise refuse(f"the text holds half a surrogate pair, {text[error.start]!a}", "write the whole character, or leave it out") from None
+    return text
+
+
 class Template:
     """A tokenizer with its chat template. Immutable after `load` and safe to use from several threads."""
 
@@ -93,13 +102,11 @@ class Template:
         """The template of a model, adapter or checkpoint directory.
 
         The first that applies: `name` (a built-in), the one saved with a checkpoint (`swift_template.json`), the tokenizer's
-        own, a built-in by the model's family. None of them: `has_chat` is False. `system` is the default system prompt, or
-        a .txt file that holds it. Raises TemplateError.
+        own, a built-in by the model's family. None of them: `has_chat` is False. `system` is the default system prompt.
+        Raises TemplateError.
         """
         directory = Path(model_dir)
         saved = _read_saved(directory, tokenizer)
-        if system is not None and system.endswith(".txt") and os.path.isfile(system):
-            system = Path(system).read_text(encoding="utf-8").strip()
         if system is None and saved:
             system = saved["system"]
         extra = [*_generation_eos(directory), *(saved["stop_ids"] if saved else ())]
@@ -147,7 +154,7 @@ class Template:
     ) -> str:
         """Any failure inside the template is the conversation's fault (unknown role, wrong order) or the template's own."""
         try:
-            return self._render(messages, tools, prompt, kwargs)
+            text = self._render(messages, tools, prompt, kwargs)
         except (
             jinja2.TemplateError,
             TypeError,
@@ -160,6 +167,7 @@ class Template:
         ) as error:
             roles = ", ".join(m["role"] for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
             raise refuse(f"the chat template refused the conversation ({roles}): {error}", "") from None
+        return _whole(text, refuse)
 
     def _prepared(self, messages: Sequence[Message], refuse: Callable[[str, str], SwiftError]) -> list[Message]:
         """Checked messages with the default system prompt, and the system folded into the user's turn where it must be."""
@@ -320,7 +328,7 @@ class Template:
     def _text_row(self, text: str) -> list[Encoded]:
         """Pre-training: every token of the text and the end-of-text token."""
         eos = self.tokenizer.eos_token_id
-        ids = self.encode_text(text) + ([eos] if eos is not None else [])
+        ids = self.encode_text(_whole(text, _row_error)) + ([eos] if eos is not None else [])
         return [Encoded(ids, [True] * len(ids))] if text else []
 
     def _no_stop_error(self) -> TemplateError:

@@ -24,6 +24,7 @@ RESPONSE = (
     "response", "answer", "output", "targets", "target", "answer_key", "answers", "solution", "completion", "content", "text",
 )  # fmt: skip
 MESSAGES = ("messages", "conversations", "conversation")
+READ = (*SYSTEM, *QUERY, *RESPONSE, *MESSAGES, "history", "tools")  # all columns that mean something
 _CALL_ROLES = ("function_call", "tool_call")
 _NAMES = {"human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant", "bot": "assistant"}
 

@@ -6,6 +6,7 @@ finds the same ones again. It knows flags, not training.
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 from collections import Counter, deque
@@ -22,6 +23,7 @@ from swiftlite.chat.template import Template
 from swiftlite.data import cache, mixing
 from swiftlite.data.catalog import CATALOG, read_info
 from swiftlite.data.encoding import Report, outcomes
+from swiftlite.data.formats import READ
 from swiftlite.data.rows import Identity, Part, Reader, Row, Rows, fetch, sample, scan
 from swiftlite.data.sources import parse_spec
 from swiftlite.data.store import Sample, Samples, Writer, mapped
@@ -43,6 +45,9 @@ def _columns(options: Options) -> dict[str, str] | None:
         ) from None
     if not isinstance(columns, dict) or not all(isinstance(value, str) for value in columns.values()):
         raise UsageError("--columns must map column names to column names", fix='e.g. \'{"text1": "query"}\'')
+    for ours in columns.values():  # a name that is nothing to us hides a column; one that was meant to be something must not
+        if ours.lower() not in READ and (close := difflib.get_close_matches(ours.lower(), READ, n=1, cutoff=0.75)):
+            raise UsageError(f"--columns renames a column to {ours!r}, which is not read", fix=f"did you mean {close[0]!r}?")
     return columns
 
 

@@ -247,6 +247,8 @@ def parse(command: str, argv: list[str]) -> Options:
                 value = tuple(part for item in value for part in _split(name, item))
             if value == "none" and flag.choices:
                 value = None
+            if name == "system":
+                value = _system(value)
             left_out = value == "auto" and flag.kind is not str
             values[name], origins[name] = (flag.default, "default") if left_out else (value, origin)
     return Options(command, values, origins)
@@ -260,3 +262,15 @@ def from_mapping(command: str, settings: dict[str, Any]) -> Options:
 def _split(name: str, item: str) -> list[str]:
     # SWIFT 2.x also took comma-separated datasets; a comma inside an existing path stays.
     return item.split(",") if name in ("dataset", "val_dataset") and "," in item and not os.path.exists(item) else [item]
+
+
+def _system(written: str) -> str:
+    """--system: the text itself, or that of a .txt file. It is read here, so that settings hold the text: the file may be gone when
+    they are used again."""
+    if not written.endswith(".txt") or (len(written.split()) > 1 and not os.path.isfile(written)):
+        return written
+    try:
+        return Path(written).expanduser().read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text: {error}"
+        raise UsageError(f"--system: cannot read the file {written}", str(why), "check the path, or write the prompt itself") from None

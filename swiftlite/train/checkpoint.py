@@ -63,7 +63,7 @@ def write(run: Path, step: int, state: dict[str, Any], tensors: dict[str, Any] |
 def _is_disk_error(error: BaseException) -> bool:
     """The system refused a write; torch, safetensors and tokenizers each wrap that in a class of their own."""
     text = str(error)
-    return isinstance(error, OSError) or any(mark in text for mark in ("os error", "PytorchStreamWriter", "I/O error"))
+    return isinstance(error, OSError) or any(mark in text for mark in ("os error", "PytorchStreamWriter", "inline_container", "I/O error"))
 
 
 def remove(path: Path) -> None:

@@ -2,24 +2,26 @@
 
 PEFT builds, computes and saves; we choose the modules and train what it marks as trainable, in float32. Slower than `Lora`
 (lora.py), which is its counterpart for plain LoRA with the same methods. An initialisation that takes the adapter's start out of
-the base (PiSSA, OLoRA) is saved as the difference from that start, which is a plain adapter of twice the rank for the
-unchanged base (PEFT's conversion).
+the base (PiSSA, OLoRA) is saved as the difference from that start, which is an adapter of twice the rank for the unchanged
+base.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from swiftlite.errors import AdapterError, UsageError
-from swiftlite.train.lora import LoraSpec, _named, select
+from swiftlite.train.lora import CONFIG, WEIGHTS, LoraSpec, _named, select
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -121,21 +123,26 @@ class PeftLora:
             parameter.copy_(masters[name])
 
     def save(self, directory: Path, base: str, weights: dict[str, Tensor] | None = None) -> None:
-        """PEFT's two files, by PEFT from its own layers. `base` is the base model's path or id."""
+        """PEFT's two files. `base` is the base model's path or id."""
         config: Any = self.adapted.peft_config["default"]
         config.base_model_name_or_path = base
-        if self.began:
-            with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():  # PEFT makes a second adapter on the way
-                start = Path(folder) / "start"
-                now = {name: tensor.clone() for name, tensor in self.tensors().items()}
-                mode, config.init_lora_weights = config.init_lora_weights, True
-                training = self.adapted.training
-                self.load_masters(self.began)
-                self.adapted.save_pretrained(str(start))
-                self.load_masters(now)
-                config.init_lora_weights = mode
-                self.adapted.save_pretrained(str(directory), path_initial_model_for_weight_conversion=str(start))
-                self.adapted.train(training)  # reading the start has put it into eval mode
-        else:
-            self.adapted.save_pretrained(str(directory))
+        self.adapted.save_pretrained(str(directory))
         (directory / "README.md").unlink(missing_ok=True)
+        if self.began:
+            _as_difference(directory, {name.replace(".default", ""): tensor for name, tensor in self.began.items()})
+
+
+def _as_difference(directory: Path, began: dict[str, Tensor]) -> None:
+    """The saved adapter as that of the unchanged base: B A - B0 A0 = [B, -B0] [A; A0], of twice the rank and the same scale. What
+    else is trained (biases, magnitudes, whole modules) stays as it is; PEFT's own conversion leaves it out."""
+    weights = load_file(directory / WEIGHTS)
+    for key, tensor in weights.items():
+        if ".lora_A." in key or key.endswith(".lora_embedding_A"):
+            weights[key] = torch.cat((tensor, began[key]), 0)
+        elif ".lora_B." in key or key.endswith(".lora_embedding_B"):
+            weights[key] = torch.cat((tensor, -began[key]), 1)
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    alpha = config["lora_alpha"] * (math.sqrt(2) if config["use_rslora"] else 2)
+    config |= {"r": 2 * config["r"], "lora_alpha": alpha, "init_lora_weights": True}
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -18,8 +18,9 @@ RANGES = {
     "a number from 0 up": (
         lambda value: 0 <= value < math.inf,
         ("weight_decay", "lora_alpha", "neftune_noise_alpha", "max_grad_norm", "warmup_steps", "num_train_epochs", "sample_answers",
-         "self_cognition_sample", "seed", "data_seed"),
+         "self_cognition_sample", "data_seed"),
     ),
+    "from 0 to below 2**63": (lambda value: 0 <= value < 2**63, ("seed",)),
     "between 0 and 1": (lambda value: 0 <= value <= 1, ("warmup_ratio", "min_lr_rate", "wsd_decay_ratio", "freeze_parameters_ratio")),
     "from 0 to below 1": (
         lambda value: 0 <= value < 1, ("split_dataset_ratio", "lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"),

@@ -137,8 +137,8 @@ def _answers(answers: Sequence[Mapping[str, str]]) -> str:
 def _data(table: str) -> str:
     body = []
     for line in table.splitlines():
-        fate, _, rest = line.partition(" ")
-        count, _, note = rest.strip().partition(" ")
+        fate = line[:10].strip()  # the table's first column; it may hold a space
+        count, _, note = line[10:].strip().partition(" ")
         body.append(
             f'<tr class="{escape(fate)}"><th>{escape(fate)}</th><td class=num>{escape(count)}</td><td>{escape(note.strip())}</td></tr>'
         )
