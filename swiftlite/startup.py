@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 WEIGHTS = "*.safetensors"
 
@@ -30,6 +31,7 @@ def begin(model_dir: Path | None = None) -> None:
     collecting = gc.isenabled()
     gc.disable()
     try:
+        _import_models()
         import torch  # noqa: F401
         import transformers.modeling_utils  # noqa: F401
     finally:
@@ -37,6 +39,33 @@ def begin(model_dir: Path | None = None) -> None:
             gc.freeze()  # what was imported stays: no later collection needs to walk it
             atexit.register(gc.unfreeze)  # but for the last one: extension modules complain about what is left at the exit
             gc.enable()
+
+
+def _import_models() -> None:
+    """Import `transformers.models` without reading its 2,000 files a second time.
+
+    transformers 5 reads them to know the names it has: once for itself, keyed by a Path, and once for that package, keyed by a
+    string, so that its own cache misses. While the package is imported the function that would read gives what the first read
+    found. Where anything of this is named otherwise, the package reads for itself.
+    """
+    import transformers
+    from transformers.utils import import_utils
+
+    try:
+        read = import_utils.define_import_structure
+        folder = Path(transformers.__file__).parent / "models"
+        found = read(folder)  # known by now
+    except (AttributeError, OSError, TypeError):
+        return
+
+    def once(path: str, prefix: str | None = None) -> Any:
+        return found if Path(path).parent == folder else read(path, prefix)
+
+    import_utils.define_import_structure = once  # type: ignore[assignment]
+    try:
+        import transformers.models
+    finally:
+        import_utils.define_import_structure = read
 
 
 def _read_ahead(directory: Path) -> None:

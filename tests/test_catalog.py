@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import swiftlite.hub as hub
-from swiftlite.data import load
 from swiftlite.data.catalog import CATALOG, find, read_info
+from swiftlite.data.loading import load
 from swiftlite.data.mixing import interleave
 from swiftlite.data.rows import Row, read
 from swiftlite.data.sources import parse_spec

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from chat_templates import STYLES, make_tokenizer
 
-from swiftlite.chat import Template
-from swiftlite.data import cache, load_training
+from swiftlite.chat.template import Template
+from swiftlite.data import cache
+from swiftlite.data.loading import load_training
 from swiftlite.data.store import Sample, Samples, Writer, mapped
 from swiftlite.options.parse import parse
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from chat_templates import NO_STOP, STYLES, make_tokenizer
 
-from swiftlite.chat import Conversation, Template
-from swiftlite.data import Row, load, load_training
+from swiftlite.chat.conversation import Conversation
+from swiftlite.chat.template import Template
 from swiftlite.data.encoding import Report, encode
+from swiftlite.data.loading import load, load_training
+from swiftlite.data.rows import Row
 from swiftlite.errors import DataError, TemplateError, UsageError
 from swiftlite.options.parse import parse
 

@@ -7,9 +7,10 @@ import json
 import pytest
 from chat_templates import KINDS, NO_STOP, STYLES, make_tokenizer
 
-from swiftlite.chat import Conversation, Encoded, Template
 from swiftlite.chat.builtin import BUILTIN
+from swiftlite.chat.conversation import Conversation
 from swiftlite.chat.masks import merge_rows, slow_row
+from swiftlite.chat.template import Encoded, Template
 from swiftlite.data.formats import to_conversation
 from swiftlite.errors import DataError, TemplateError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swiftlite.data import load
+from swiftlite.data.loading import load
 from swiftlite.data.rows import Identity, read
 from swiftlite.data.sources import BUNDLED
 from swiftlite.errors import DataError, UsageError

@@ -51,3 +51,38 @@ def test_what_cannot_be_read_ahead_is_left_to_who_needs_it(tmp_path: Path) -> No
     startup._read_ahead(tmp_path / "missing")
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
     startup._read_ahead(tmp_path)
+
+
+MODELS = """
+import sys
+import transformers
+from swiftlite import startup
+if "own" not in sys.argv:
+    startup._import_models()
+    from transformers.utils import import_utils
+    assert import_utils.define_import_structure.__module__ == import_utils.__name__
+import transformers.models as models
+from transformers.models.qwen3 import Qwen3Config
+print(sorted((name, sorted(map(str, names))) for name, names in models._import_structure.items()), Qwen3Config)
+"""
+
+
+def test_models_are_listed_once_and_the_list_is_transformers_own() -> None:
+    own, ours = (
+        subprocess.run([sys.executable, "-c", MODELS, how], capture_output=True, text=True, timeout=120, check=True).stdout
+        for how in ("own", "ours")
+    )
+    assert "qwen3" in own and ours == own
+
+
+LIGHT = """
+import sys
+from swiftlite import cli, startup
+startup.begin = lambda *_: sys.exit("begun with " + str(sorted({"torch", "transformers", "numpy", "jinja2"} & set(sys.modules))))
+cli.main(["sft", "--model", "tiny-chat", "--dataset", "tiny-chat"])
+"""
+
+
+def test_flags_are_checked_before_anything_heavy_is_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip() == "begun with []"

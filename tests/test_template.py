@@ -7,9 +7,9 @@ import json
 import pytest
 from chat_templates import GEMMA, KINDS, LLAMA3, NO_PROMPT, QWEN3, QWEN25, SPECIAL, STYLES, make_tokenizer
 
-from swiftlite.chat import Conversation, Template
 from swiftlite.chat.builtin import BUILTIN, find, for_family
-from swiftlite.chat.template import SAVED
+from swiftlite.chat.conversation import Conversation
+from swiftlite.chat.template import SAVED, Template
 from swiftlite.errors import DataError, RequestError, TemplateError
 
 CHAT = [

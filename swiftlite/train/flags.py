@@ -51,7 +51,6 @@ def start_from(options: Options) -> Path | None:
 def check(options: Options) -> Path:
     """Flags that are wrong on sight; returns the model's directory."""
     from swiftlite.chat import scales
-    from swiftlite.data import stream
     from swiftlite.hub import resolve_model
     from swiftlite.train import ranges, reporters
 
@@ -65,6 +64,8 @@ def check(options: Options) -> Path:
     reporters.check(options.report_to)
     scales.parse(options.loss_scale)
     if options.streaming:
+        from swiftlite.data import stream
+
         stream.check(options)
     if options.fsdp is not None:
         _check_fsdp(options)
