@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from swiftlite.models.packed import Pack, PackedWeight, join_rows
+from swiftlite.pages import zeros
 from swiftlite.quantize.rounding import round_to_nearest
 
 PIECE = 1024  # outputs that are quantized, or dequantized, at a time
@@ -81,7 +82,7 @@ class PanelInt8:
 
     def __init__(self, kernels: Kernels, n: int, k: int) -> None:
         self.kernels, self.n, self.k = kernels, n, k
-        self.data = torch.empty(-(-n // 32) * 32 * k, dtype=torch.int8)
+        self.data = zeros(-(-n // 32) * 32 * k, dtype=torch.int8)
         self.scale = torch.empty(n)
         self.addresses = self.data.data_ptr(), self.scale.data_ptr()
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.engine.transfer import to_device
-
-FRESH_PAGES = 64 << 20  # bytes from which the C library surely asks the system for new pages
+from swiftlite.pages import zeros
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class KVCache:
             self.values.append(self._pool(*shape, layer.value_dim))
 
     def _pool(self, *shape: int) -> Tensor:
-        pool = torch.empty(*shape, dtype=self.dtype, device=self.device)
-        # A large allocation is fresh pages, zero and untouched; writing zeros would make all of it resident.
-        return pool if self.device.type == "cpu" and pool.nbytes > FRESH_PAGES else pool.zero_()
+        if self.device.type == "cpu":
+            return zeros(*shape, dtype=self.dtype)
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
     @staticmethod
     def bytes_per_block(layers: Sequence[AttentionLayer], block_size: int, dtype: torch.dtype) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from swiftlite.adapters.files import pages
+from swiftlite.pages import pages
 
 ALONE_ROWS = 128  # a segment of so many rows gains nothing from company
 STACK_SLOTS = 8

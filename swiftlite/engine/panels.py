@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.models.packed import OneDnnWeight, Pack, PackedWeight, join_rows
+from swiftlite.pages import zeros
 
 PANEL = 32  # outputs (WIDTH in linear.h)
 
@@ -48,7 +49,7 @@ class PanelWeight:
         if any(len(weight) % PANEL for weight in weights[:-1]):  # else each begins a panel, and no joined copy is needed
             weights = (join_rows(weights),)
         self.panels, self.n, self.k = panels, sum(len(weight) for weight in weights), weights[0].shape[1]
-        self.data = torch.empty(panels.size(self.n, self.k), dtype=torch.bfloat16)
+        self.data = zeros(panels.size(self.n, self.k), dtype=torch.bfloat16)
         place = self.data.data_ptr()
         for weight in weights:
             plain = weight.detach().contiguous()
