@@ -71,3 +71,32 @@ def test_an_adapted_linear_uses_it():
     y = linear(torch.randn(2, 3, 64).bfloat16().requires_grad_())
     assert y.shape == (2, 3, 96)
     assert "ByKernel" in type(y.grad_fn.next_functions[0][0]).__name__ or "ByKernel" in type(y.grad_fn).__name__
+
+
+def test_a_gradient_may_be_one_number_for_all():
+    x, weight, bias, a, b, _ = case(70, 256, 288, 16, True)
+    one = torch.tensor(0.5).bfloat16().expand(70, 288)
+    for ours, wanted in zip(
+        passes(LowRankByKernel.apply, x, weight, bias, a, b, one), passes(LowRank.apply, x, weight, bias, a, b, one), strict=True
+    ):
+        torch.testing.assert_close(ours.float(), wanted.float(), rtol=0.02, atol=0.02 * wanted.abs().max().item())
+
+
+def test_a_small_adapter_is_not_rounded_away():
+    """An addition below half a unit of the result's last place is lost where both are rounded, and shows in the mean where the sum is."""
+    x, weight, _, a, b, _ = case(400, 256, 320, 16, False)
+    b = b * 1e-4
+    added = (x.double() @ a.double().T) @ b.double().T * 1.5
+    base = x.double() @ weight.double().T
+    shares = [
+        ((f.apply(x, weight, None, a, b, 1.5).double() - base) * added).sum() / (added * added).sum() for f in (LowRank, LowRankByKernel)
+    ]
+    assert abs(shares[1] - 1) < 0.5 < abs(shares[0] - 1)
+
+
+def test_what_the_kernel_is_not_for():
+    x, weight = torch.zeros(1, 64).bfloat16(), torch.zeros(32, 64).bfloat16()
+    assert lowrank.takes(x, weight, torch.zeros(32).bfloat16())
+    assert not lowrank.takes(x, weight, torch.zeros(32))
+    assert not lowrank.takes(torch.zeros(1, 16384).bfloat16(), torch.zeros(32, 16384).bfloat16())
+    assert not lowrank.takes(x[:0], weight)

@@ -47,7 +47,10 @@ def _columns(options: Options) -> dict[str, str] | None:
         raise UsageError("--columns must map column names to column names", fix='e.g. \'{"text1": "query"}\'')
     for ours in columns.values():  # a name that is nothing to us hides a column; one that was meant to be something must not
         if ours.lower() not in READ and (close := difflib.get_close_matches(ours.lower(), READ, n=1, cutoff=0.75)):
-            raise UsageError(f"--columns renames a column to {ours!r}, which is not read", fix=f"did you mean {close[0]!r}?")
+            raise UsageError(
+                f"--columns renames a column to {ours!r}, which is not read",
+                fix=f"did you mean {close[0]!r}? To hide a column, take a name unlike that",
+            )
     return columns
 
 

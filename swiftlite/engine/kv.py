@@ -36,7 +36,7 @@ class AttentionLayer:
 
 
 class KVCache:
-    """Pools for all layers. On a CPU memory only becomes resident where tokens are stored."""
+    """Pools for all layers. On a CPU memory only becomes resident where tokens are stored, in pages of up to 2 MiB."""
 
     def __init__(
         self, layers: Sequence[AttentionLayer], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device

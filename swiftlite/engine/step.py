@@ -117,7 +117,8 @@ class Stepper:
         """End a request whose logits are no numbers, and forget what it computed.
 
         A token that gives NaN spoils the keys and values of those before it too (in attention's products a weight of 0 times NaN is
-        NaN), so others would meet it in a prefix that does not hold the token.
+        NaN), so others would meet it in a prefix that does not hold the token. A request that took that prefix before this was seen ends in
+        the same way.
         """
         for seq in (*request.sequences, *(request.beam.beams if request.beam is not None else ())):
             self.scheduler.pool.forget(seq.root, seq.token_ids)

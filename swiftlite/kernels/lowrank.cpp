@@ -1,6 +1,6 @@
 // The product of rows with a frozen weight and its low-rank adapter, on the matrix unit: out = x W + low U (+ bias), summed in float32 and
 // rounded once. The weight stays as the checkpoint has it: each group of panels is packed while it waits in the second-level cache for the
-// rows to pass (unit.h), which costs a few hundredths of the product; the adapter's part is some more inputs of the same sums.
+// rows to pass (unit.h), which costs some hundredths of the product of many rows; the adapter's part is some more inputs of the same sums.
 #include "unit.h"
 
 struct LowRankProduct {

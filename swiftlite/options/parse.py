@@ -267,7 +267,8 @@ def _split(name: str, item: str) -> list[str]:
 def _system(written: str) -> str:
     """--system: the text itself, or that of a .txt file. It is read here, so that settings hold the text: the file may be gone when
     they are used again."""
-    if not written.endswith(".txt") or (len(written.split()) > 1 and not os.path.isfile(written)):
+    path = os.path.isfile(written) or (written.isascii() and len(written.split()) == 1)  # else words that end in a file's name
+    if not written.endswith(".txt") or not path:
         return written
     try:
         return Path(written).expanduser().read_text(encoding="utf-8-sig").strip()

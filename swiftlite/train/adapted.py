@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from swiftlite.kernels import lowrank
 
 
 def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """[T, out] of x [T, in]. The gradients are x's, A's and B's; W and the bias get none."""
-    node = LowRankByKernel if lowrank.takes(x, weight) else LowRank
+    node = LowRankByKernel if lowrank.takes(x, weight, bias) else LowRank
     return node.apply(x, weight, bias, a, b, scale)
 
 
@@ -49,15 +50,17 @@ class LowRankByKernel(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         wide_a, wide_b = lowrank.widened(a), lowrank.widened(b.T * scale)  # [R, in], [R, out]
         low = x @ wide_a.T
-        ctx.save_for_backward(x, weight, wide_a, wide_b, low)
-        ctx.rank, ctx.scale = len(a), scale
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scale = scale
         return lowrank.multiply(x, weight, low, wide_b, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        x, weight, wide_a, wide_b, low = ctx.saved_tensors
+        x, weight, a, b, low = ctx.saved_tensors
+        rank, wide_a, wide_b = len(a), lowrank.widened(a), lowrank.widened(b.T * ctx.scale)
         g_low = g @ wide_b.T  # [T, R]
-        g_b = (low.T @ g)[: ctx.rank].T.float().mul_(ctx.scale)
-        g_a = (g_low.T @ x)[: ctx.rank].float()
+        g_b = (low.T @ g)[:rank].T.float().mul_(ctx.scale)
+        g_a = (g_low.T @ x)[:rank].float()
         g_x = lowrank.multiply(g, weight, g_low, wide_a, across=True) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_a, g_b, None

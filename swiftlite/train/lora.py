@@ -1,8 +1,7 @@
 """Low-rank adapters (arXiv 2106.09685) on a frozen stock model: which modules, the arithmetic, and PEFT's file format.
 
 y = W x + scale * B A x (adapted.py), scale = alpha / rank (rsLoRA: alpha / sqrt(rank)). A and B are float32 masters whatever the
-base's dtype. Names, shapes and initialisation are
-PEFT's, so `PeftModel.from_pretrained` loads what `save` writes.
+base's dtype. Names, shapes and initialisation are PEFT's, so `PeftModel.from_pretrained` loads what `save` writes.
 
 Does not know: serving's adapters (adapters/, engine/lora.py), optimizers, checkpoints' other files.
 """

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from swiftlite.errors import AdapterError, UsageError
@@ -81,7 +81,8 @@ class PeftLora:
             self._take(get_peft_model(model, config))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UsageError("PEFT cannot build this adapter", str(error).splitlines()[0], "change the LoRA flags") from None
-        self.began = {name: parameter.detach().cpu().clone() for name, parameter in self.named_parameters()} if variant.changes_base else {}
+        kept = variant.changes_base  # A and B as they began
+        self.began = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if kept and "lora_" in name}
 
     @staticmethod
     def read(model: PreTrainedModel, directory: Path) -> PeftLora:
@@ -135,7 +136,7 @@ class PeftLora:
 def _as_difference(directory: Path, began: dict[str, Tensor]) -> None:
     """The saved adapter as that of the unchanged base: B A - B0 A0 = [B, -B0] [A; A0], of twice the rank and the same scale. What
     else is trained (biases, magnitudes, whole modules) stays as it is; PEFT's own conversion leaves it out."""
-    weights = load_file(directory / WEIGHTS)
+    weights = load((directory / WEIGHTS).read_bytes())  # not mapped: the same file is written below
     for key, tensor in weights.items():
         if ".lora_A." in key or key.endswith(".lora_embedding_A"):
             weights[key] = torch.cat((tensor, began[key]), 0)
