@@ -142,16 +142,17 @@ class BlockPool:
         for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
             digest, _ = self._chain(digest, tokens, start)
             if (block := self._by_digest.get(digest)) is not None:
-                self._forget(block)
-                if self.refs[block] == 0:
-                    self._free.move_to_end(block, last=False)
+                self._forget_soon_used(block)
 
     def forget_root(self, root: bytes) -> None:
         """Drop the cached prefixes of one adapter; those blocks are handed out before others."""
         for block in list(self._by_root.get(root, ())):
-            self._forget(block)
-            if self.refs[block] == 0:
-                self._free.move_to_end(block, last=False)
+            self._forget_soon_used(block)
+
+    def _forget_soon_used(self, block: int) -> None:
+        self._forget(block)
+        if self.refs[block] == 0:
+            self._free.move_to_end(block, last=False)
 
     def _forget(self, block: int) -> None:
         digest = self._digest[block]

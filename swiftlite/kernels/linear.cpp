@@ -43,9 +43,8 @@ void gate_by_unit(const Product& p, int index, int count) {
         bf16* out = p.out + row * width + panel * WIDTH;
         const FetchOut result{out, width, blocks.size};
         for (int half = 0; half < 2; half++) {
-            const bf16* w = p.w + (half * panels + panel) * size;
             clear_sums(blocks);
-            add_products<passing>(blocks, p.x + row * p.stride, p.stride, [w](int64_t step) { return w + step * DEPTH * WIDTH; }, p.k,
+            add_products<passing>(blocks, p.x + row * p.stride, p.stride, PanelSteps{p.w + (half * panels + panel) * size}, p.k,
                                   [&](int64_t step) {
                                       next[half](before + step);
                                       if (half == 0) result(step);

@@ -64,19 +64,15 @@ inline void multiply_by_unit(const Product& p, int index, int count) {
         next = Fetch(p.w + last * size, std::min(last - first, end - last) * size * 2, steps);
     };
     multiply_panels(blocks, p.x, p.stride, p.k, begin, end, size, group, [&](auto passing, int64_t panel, int64_t row, int64_t before, auto&& ahead) {
-        alignas(64) float sums[32 * WIDTH];
-        const bf16* w = p.w + panel * size;
         bf16* out = p.out + row * p.n + panel * WIDTH;
         const FetchOut result{out, p.n, blocks.size};
         clear_sums(blocks);
-        add_products<passing>(blocks, p.x + row * p.stride, p.stride, [w](int64_t step) { return w + step * DEPTH * WIDTH; }, p.k, [&](int64_t step) {
+        add_products<passing>(blocks, p.x + row * p.stride, p.stride, PanelSteps{p.w + panel * size}, p.k, [&](int64_t step) {
             next(before + step);
             result(step);
             ahead();
         });
-        store_sums(sums, blocks);
-        const Columns columns(p.bias ? p.bias + panel * WIDTH : nullptr, p.n - panel * WIDTH);
-        each_row(sums, blocks, [&](int r, __m512 low, __m512 high) { columns.write(out + r * p.n, low, high); });
+        write_sums(out, p.n, blocks, Columns(p.bias ? p.bias + panel * WIDTH : nullptr, p.n - panel * WIDTH));
     });
 }
 #endif

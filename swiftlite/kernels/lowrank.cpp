@@ -44,19 +44,16 @@ void multiply(const LowRankProduct& p, int index, int count) {
         pack(packed + WIDTH * p.k, size, p.up, p.n, p.rank, true, first, last);
     };
     multiply_panels(blocks, p.x, p.stride, p.k, begin, end, size, group, [&](auto passing, int64_t panel, int64_t row, int64_t, auto&& ahead) {
-        alignas(64) float sums[32 * WIDTH];
-        const bf16 *w = packed + (panel - first_packed) * size, *up = w + WIDTH * p.k;
+        const bf16* w = packed + (panel - first_packed) * size;
         bf16* out = p.out + row * p.n + panel * WIDTH;
         const FetchOut result{out, p.n, blocks.size};
         clear_sums(blocks);
-        add_products<passing>(blocks, p.x + row * p.stride, p.stride, [w](int64_t step) { return w + step * DEPTH * WIDTH; }, p.k, [&](int64_t step) {
+        add_products<passing>(blocks, p.x + row * p.stride, p.stride, PanelSteps{w}, p.k, [&](int64_t step) {
             result(step);
             ahead();
         });
-        add_products<passing>(blocks, p.low + row * p.rank, p.rank, [up](int64_t step) { return up + step * DEPTH * WIDTH; }, p.rank, [](int64_t) {});
-        store_sums(sums, blocks);
-        const Columns columns(p.bias ? p.bias + panel * WIDTH : nullptr, WIDTH);
-        each_row(sums, blocks, [&](int r, __m512 low, __m512 high) { columns.write(out + r * p.n, low, high); });
+        add_products<passing>(blocks, p.low + row * p.rank, p.rank, PanelSteps{w + WIDTH * p.k}, p.rank, [](int64_t) {});
+        write_sums(out, p.n, blocks, Columns(p.bias ? p.bias + panel * WIDTH : nullptr, WIDTH));
     });
 }
 

@@ -86,6 +86,19 @@ INLINE void each_row(const float* sums, const RowBlocks& blocks, Finish finish) 
     for (int r = 0; r < blocks.size; r++) finish(r, _mm512_load_ps(sums + r * WIDTH), _mm512_load_ps(sums + r * WIDTH + 16));
 }
 
+// out [rows of a block][n]: the sums with a panel's bias, rounded.
+INLINE void write_sums(bf16* out, int64_t n, const RowBlocks& blocks, const Columns& columns) {
+    alignas(64) float sums[32 * WIDTH];
+    store_sums(sums, blocks);
+    each_row(sums, blocks, [&](int r, __m512 low, __m512 high) { columns.write(out + r * n, low, high); });
+}
+
+// The inputs of each step in a packed panel.
+struct PanelSteps {
+    const bf16* w;
+    INLINE_MEMBER const bf16* operator()(int64_t step) const { return w + step * DEPTH * WIDTH; }
+};
+
 // Memory that is fetched evenly over a number of steps.
 struct Fetch {
     const char* from;
@@ -120,8 +133,8 @@ struct FetchRows {
 
 // All rows with the panels [begin, end), in the order that this file's head tells. `group(first, last, steps)` begins panels whose
 // products take `steps` steps in all; `each(passing, panel, row, before, ahead)` is one block's product with one of them, from `row` on,
-// after `before` of those steps; it calls `ahead()` in each of its own. `passing` is a constant: true where the panels stay and are read past the
-// first-level cache, which holds the block. `size` is what counts as one panel, in elements.
+// after `before` of those steps; it calls `ahead()` in each of its own. `passing` is a constant: true where the panels stay and are read
+// past the first-level cache, which holds the block. `size` is what counts as one panel, in elements.
 template <class Group, class Each>
 INLINE void multiply_panels(const RowBlocks& blocks, const bf16* x, int64_t stride, int64_t k, int64_t begin, int64_t end, int64_t size, Group group,
                             Each each) {

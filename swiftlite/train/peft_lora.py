@@ -81,8 +81,9 @@ class PeftLora:
             self._take(get_peft_model(model, config))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UsageError("PEFT cannot build this adapter", str(error).splitlines()[0], "change the LoRA flags") from None
-        kept = variant.changes_base  # A and B as they began
-        self.began = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if kept and "lora_" in name}
+        self.began: dict[str, Tensor] = {}  # A and B, where `save` takes them off again
+        if variant.changes_base:
+            self.began = {name: p.detach().cpu().clone() for name, p in self.named_parameters() if "lora_" in name}
 
     @staticmethod
     def read(model: PreTrainedModel, directory: Path) -> PeftLora:
