@@ -25,7 +25,16 @@ from swiftlite.kernels import build as native
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
 
 SHAPES = [(0, 1), (0, 7), (30, 1), (13, 20), (0, 150), (100, 1), (5, 3), (64, 65), (700, 1), (0, 64)]
-MORE = {"d64": (8, 2, 64, 64), "d128": (4, 2, 128, 128), "d96 mqa": (12, 1, 96, 96), "mla192": (2, 2, 192, 128), "d32": (7, 7, 32, 32)}
+MORE = {
+    **{"d64": (8, 2, 64, 64), "d128": (4, 2, 128, 128), "mla192": (2, 2, 192, 128), "d32": (7, 7, 32, 32)},
+    **{
+        "d96 mqa": (12, 1, 96, 96),
+        "7 heads": (14, 2, 64, 64),
+        "8 heads": (64, 8, 128, 128),
+        "16 heads": (32, 2, 64, 32),
+        "20 heads": (20, 1, 64, 64),
+    },
+}
 
 
 def run_native(q, cache, slices, layer, library=None) -> torch.Tensor:

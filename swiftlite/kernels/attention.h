@@ -52,6 +52,14 @@ INLINE void fill_rows(const Args& a, const Task& task, int begin, int count, con
     }
 }
 
+// Rows of tokens for one head: pointers to those of a first head, and how far this one's lie from them.
+template <class T>
+struct Rows {
+    const T* const* first;
+    int64_t shift;
+    INLINE_MEMBER const T* operator[](int token) const { return first[token] + shift; }
+};
+
 INLINE v16f finish_scores(v16f s, const Args& a) {
     s *= a.scale;
     return a.softcap > 0 ? a.softcap * tanh16(s / a.softcap) : s;

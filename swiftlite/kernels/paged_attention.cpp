@@ -7,6 +7,8 @@
 //           AVX512-BF16 both products are pairs-of-bfloat16 dot products on repacked K and V, in the matrix unit where there is
 //           one; else fp32.
 // The softmax is fp32 throughout. Nothing outside a sequence's own tokens is read.
+#include <atomic>
+
 #include "attention_rows.h"
 #include "attention_tiles.h"
 
@@ -75,6 +77,7 @@ void attend(Args a) {
     std::stable_sort(order.begin(), order.end(), [&](uint32_t x, uint32_t y) { return tasks[x].cost > tasks[y].cost; });
 
     const int64_t pairs = (int64_t)a.tokens * a.kv_heads, total = tasks.size(), joined = merges.size();
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(a.threads)
     {
         if (a.cos) {
@@ -97,14 +100,16 @@ void attend(Args a) {
             memcpy((T*)a.values + row * a.value_dim, (const T*)a.v + token * a.v_token + head * a.v_head, a.value_dim * sizeof(T));
         }
         static thread_local std::vector<float> scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < total; i++) {
+        for (int64_t i; (i = taken.fetch_add(1)) < total;) {
             const Task& task = tasks[order[i]];
-            if (task.count)
+            if (task.count) {
                 tile_of(way, a, task, scratch, T());
-            else
-                run_rows<T>(a, task, scratch);
+            } else {
+                const int64_t then = taken.load();  // unless another thread takes it before
+                row_of(a, task, then < total && !tasks[order[then]].count ? &tasks[order[then]] : nullptr, scratch, T());
+            }
         }
+#pragma omp barrier
         if (joined) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < joined; i++) merge<T>(a, tasks[merges[i].task], merges[i].parts);
