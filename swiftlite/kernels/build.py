@@ -24,7 +24,10 @@ LIBRARIES = {  # training needs the first alone, which compiles in 3 s where the
     "steps": ("fused.cpp", "gradients.cpp", "lowrank.cpp"),
     "engine": ("paged_attention.cpp", "linear.cpp", "int8.cpp", "lora.cpp", "lora_files.cpp"),
 }
-HEADERS = ("vectors.h", "amx.h", "panels.h", "unit.h", "linear.h", "steps.h", "attention.h", "attention_rows.h", "attention_tiles.h", "attention_unit.h")
+HEADERS = (
+    *("vectors.h", "amx.h", "panels.h", "unit.h", "linear.h", "steps.h"),
+    *("attention.h", "attention_rows.h", "attention_unit.h", "attention_tiles.h"),
+)
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 
 
