@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 LIBRARIES = {  # training needs the first alone, which compiles in 3 s where the second takes 10 on two cores
-    "steps": ("fused.cpp", "gradients.cpp", "lowrank.cpp"),
+    "steps": ("fused.cpp", "gradients.cpp", "lowrank.cpp", "segments.cpp"),
     "engine": ("paged_attention.cpp", "linear.cpp", "int8.cpp", "lora.cpp", "lora_files.cpp"),
 }
 HEADERS = (

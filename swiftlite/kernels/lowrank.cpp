@@ -61,8 +61,8 @@ void multiply(const LowRankProduct& p, int index, int count) {
 #endif
 
 extern "C" {
-// Whether this build and machine have the product.
-int swift_low_rank_ready() {
+// Whether this build uses the matrix unit and the system lets this process do so.
+int swift_unit_ready() {
 #if defined(SWIFT_AMX) && defined(__AVX512BF16__)
     return amx_ready();
 #else

@@ -8,15 +8,14 @@ at 300 to 1024 rows with 1024 to 4096 inputs. The kernel checks nothing: address
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from swiftlite.kernels.build import load_library
+from swiftlite.kernels import unit
+from swiftlite.kernels.unit import STEP
 
 WIDEST = 8192  # inputs or outputs: of more, the second-level cache holds less than two panels, and oneDNN is faster (0.75x at 14336)
-STEP = 32  # inputs that the unit takes at once, and outputs of a panel (DEPTH in unit.h, WIDTH in panels.h)
 
 
 class _Product(ctypes.Structure):
@@ -28,22 +27,11 @@ class _Product(ctypes.Structure):
     )
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    library = load_library("steps")
-    if library is None or not library.swift_low_rank_ready():
-        return None
-    library.swift_low_rank.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    return library
-
-
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `multiply` is for x [T, in] and a weight [out, in], both ways. Not while torch compiles: it writes kernels of its own."""
+    """Whether `multiply` is for x [T, in] and a weight [out, in], both ways."""
     given = [t for t in (x, weight, bias) if t is not None]
-    if any(t.dtype != torch.bfloat16 or t.device.type != "cpu" for t in given) or torch.compiler.is_compiling():
-        return False
     fits = all(size % STEP == 0 and size <= WIDEST for size in weight.shape) and len(x) > 0
-    return fits and all(t.is_contiguous() for t in given[1:]) and _library() is not None
+    return unit.takes(*given) and fits and all(t.is_contiguous() for t in given[1:]) and unit.library() is not None
 
 
 def widened(a: Tensor) -> Tensor:
@@ -65,7 +53,7 @@ def multiply(x: Tensor, weight: Tensor, low: Tensor, up: Tensor, bias: Tensor | 
         out.data_ptr(), x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), low.data_ptr(), up.data_ptr(),
         len(x), x.stride(0), n, k, low.shape[1], across,
     )  # fmt: skip
-    library = _library()
+    library = unit.library()
     assert library is not None and x.dtype == low.dtype == up.dtype == torch.bfloat16
-    library.swift_low_rank(ctypes.byref(product), torch.get_num_threads())
+    library.swift_low_rank(ctypes.byref(product), ctypes.c_int(torch.get_num_threads()))
     return out

@@ -5,8 +5,8 @@ document and never crosses its borders, so packing changes no result and nothing
 keyword of `model(...)`, which transformers hands down to every attention layer (no global state), and no mask is built
 because none is registered for our name.
 
-On a CPU most documents take `attention_blocks`, on a GPU all of them `attention_varlen`; the reference of both is the path that
-dropout takes, one document after the other.
+On a CPU with a matrix unit documents take the kernel of `kernels/segments.py`, on other CPUs most take `attention_blocks`, on a GPU
+all of them `attention_varlen`; the reference of the three is the path that dropout takes, one document after the other.
 
 Does not know: losses, adapters, caches. Raises on any keyword it does not understand (attention sinks, sparse indices, ...),
 because ignoring one means silently wrong gradients.
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftlite.errors import ModelError
+from swiftlite.kernels import segments as by_kernel
 from swiftlite.models import attention_blocks
 
 NAME = "swift_segments"
@@ -85,6 +86,9 @@ def attend(
 
         if attention_varlen.takes(query, value, dropout, softcap):
             return attention_varlen.attend(query, key, value, lengths, scaling, sliding_window), None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if dropout == 0 and softcap is None and by_kernel.takes(query, key, value, len(lengths), scale):
+        return by_kernel.attend(query, key, value, lengths, scale, sliding_window), None
     layout = _layout(lengths, query.device, onednn=kind == "cpu" and query.dtype == torch.bfloat16)
     if layout is None:
         outputs = [
