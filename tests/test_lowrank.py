@@ -12,9 +12,10 @@ from swiftlite.train.lora import LoraLinear
 READY = lowrank.takes(torch.zeros(1, 32).bfloat16(), torch.zeros(32, 32).bfloat16())
 pytestmark = pytest.mark.skipif(not READY, reason="this CPU has no bfloat16 matrix unit (AMX), or there is no compiler")
 
-# rows, inputs, outputs, rank, bias: one block and many, of one tile of rows and two, panels that stay and panels that pass
+# rows, inputs, outputs, rank, bias: one block and many, of one tile of rows and two, panels that stay and that pass, inputs in pieces
 SHAPES = [(1, 64, 96, 8, False), (5, 64, 32, 16, True), (17, 1024, 64, 16, False), (33, 96, 1024, 33, True), (300, 1024, 512, 16, True),
-          (200, 3072, 256, 64, False), (1000, 320, 640, 16, True)]  # fmt: skip
+          (200, 3072, 256, 64, False), (1000, 320, 640, 16, True),
+          (70, 8224, 96, 16, True), (33, 96, 12320, 16, False), (40, 12288, 64, 8, False)]  # fmt: skip
 
 
 def case(rows: int, inputs: int, outputs: int, rank: int, bias: bool):
@@ -98,5 +99,5 @@ def test_what_the_kernel_is_not_for():
     x, weight = torch.zeros(1, 64).bfloat16(), torch.zeros(32, 64).bfloat16()
     assert lowrank.takes(x, weight, torch.zeros(32).bfloat16())
     assert not lowrank.takes(x, weight, torch.zeros(32))
-    assert not lowrank.takes(torch.zeros(1, 16384).bfloat16(), torch.zeros(32, 16384).bfloat16())
+    assert not lowrank.takes(torch.zeros(1, 48).bfloat16(), torch.zeros(32, 48).bfloat16())
     assert not lowrank.takes(x[:0], weight)

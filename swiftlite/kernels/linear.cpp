@@ -37,7 +37,7 @@ void gate_by_unit(const Product& p, int index, int count) {
         for (int half = 0; half < 2; half++)
             next[half] = Fetch(p.w + (half * panels + last) * size, std::min(last - first, end - last) * size * 2, steps);
     };
-    multiply_panels(blocks, p.x, p.stride, p.k, begin, end, 2 * size, group,
+    multiply_panels(blocks, p.x, p.stride, p.k, begin, end, 2 * size, false, group,
                     [&](auto passing, int64_t panel, int64_t row, int64_t before, auto&& ahead) {
         GatedBlock &last = done[turn ^ 1], &now = done[turn];
         bf16* out = p.out + row * width + panel * WIDTH;

@@ -63,7 +63,7 @@ inline void multiply_by_unit(const Product& p, int index, int count) {
     const auto group = [&](int64_t first, int64_t last, int64_t steps) {
         next = Fetch(p.w + last * size, std::min(last - first, end - last) * size * 2, steps);
     };
-    multiply_panels(blocks, p.x, p.stride, p.k, begin, end, size, group, [&](auto passing, int64_t panel, int64_t row, int64_t before, auto&& ahead) {
+    multiply_panels(blocks, p.x, p.stride, p.k, begin, end, size, false, group, [&](auto passing, int64_t panel, int64_t row, int64_t before, auto&& ahead) {
         bf16* out = p.out + row * p.n + panel * WIDTH;
         const FetchOut result{out, p.n, blocks.size};
         clear_sums(blocks);

@@ -25,6 +25,7 @@ struct RowBlocks {
     explicit RowBlocks(int64_t all)
         : rows(all), count((all + 31) / 32), size((all + count - 1) / count), top(size > 16 ? (size + 1) / 2 : size), bottom(size - top) {}
     int64_t first(int64_t block) const { return block + 1 < count ? block * size : rows - size; }
+    int64_t index(int64_t row) const { return (row + size - 1) / size; }  // of the block that begins there
     // Tiles 0 to 3 are sums, 4 and 5 rows (top | bottom), 6 and 7 outputs (16 | 16).
     Tiles tiles() const { return Tiles({top, top, bottom, bottom, top, bottom, 16, 16}, {64, 64, 64, 64, 64, 64, 64, 64}); }
 };
@@ -78,6 +79,14 @@ INLINE void store_sums(float* sums, const RowBlocks& blocks) {
     if (!blocks.bottom) return;
     _tile_stored(2, sums + blocks.top * WIDTH, 128);
     _tile_stored(3, sums + blocks.top * WIDTH + 16, 128);
+}
+
+INLINE void load_sums(const float* sums, const RowBlocks& blocks) {
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    if (!blocks.bottom) return;
+    _tile_loadd(2, sums + blocks.top * WIDTH, 128);
+    _tile_loadd(3, sums + blocks.top * WIDTH + 16, 128);
 }
 
 // `finish(row, low, high)` for each row of a block
@@ -134,11 +143,11 @@ struct FetchRows {
 // All rows with the panels [begin, end), in the order that this file's head tells. `group(first, last, steps)` begins panels whose
 // products take `steps` steps in all; `each(passing, panel, row, before, ahead)` is one block's product with one of them, from `row` on,
 // after `before` of those steps; it calls `ahead()` in each of its own. `passing` is a constant: true where the panels stay and are read
-// past the first-level cache, which holds the block. `size` is what counts as one panel, in elements.
+// past the first-level cache, which holds the block. `size` is what counts as one panel, in elements. `stay`: they do even for few rows.
 template <class Group, class Each>
-INLINE void multiply_panels(const RowBlocks& blocks, const bf16* x, int64_t stride, int64_t k, int64_t begin, int64_t end, int64_t size, Group group,
-                            Each each) {
-    const int64_t together = blocks.rows * k <= UNIT_RESIDENT ? 1 : std::max((int64_t)1, UNIT_RESIDENT / size);
+INLINE void multiply_panels(const RowBlocks& blocks, const bf16* x, int64_t stride, int64_t k, int64_t begin, int64_t end, int64_t size, bool stay,
+                            Group group, Each each) {
+    const int64_t together = !stay && blocks.rows * k <= UNIT_RESIDENT ? 1 : std::max((int64_t)1, UNIT_RESIDENT / size);
     const int64_t groups = (end - begin + together - 1) / together, steps = k / DEPTH;
     for (int64_t g = 0; g < groups; g++) {
         const int64_t first = begin + (end - begin) * g / groups, last = begin + (end - begin) * (g + 1) / groups;

@@ -49,7 +49,7 @@ class LowRankByKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         wide_a, wide_b = lowrank.widened(a), lowrank.widened(b.T * scale)  # [R, in], [R, out]
-        low = x @ wide_a.T
+        low = lowrank.multiply(x, wide_a)  # [T, R]
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
         return lowrank.multiply(x, weight, low, wide_b, bias)
@@ -59,8 +59,8 @@ class LowRankByKernel(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, weight, a, b, low = ctx.saved_tensors
         rank, wide_a, wide_b = len(a), lowrank.widened(a), lowrank.widened(b.T * ctx.scale)
-        g_low = g @ wide_b.T  # [T, R]
-        g_b = (low.T @ g)[:rank].T.float().mul_(ctx.scale)
-        g_a = (g_low.T @ x)[:rank].float()
+        g_low = lowrank.multiply(g, wide_b)  # [T, R]
+        g_b = lowrank.multiply(lowrank.turned(low), g, across=True)[:rank].T.float().mul_(ctx.scale)
+        g_a = lowrank.multiply(lowrank.turned(g_low), x, across=True)[:rank].float()
         g_x = lowrank.multiply(g, weight, g_low, wide_a, across=True) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_a, g_b, None
