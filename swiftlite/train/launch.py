@@ -87,7 +87,7 @@ def _wait(running: list[subprocess.Popen[bytes]], errors: IO[bytes], told: list[
             while (codes[0] is None or set(codes) <= {None, 0, LOST}) and time.monotonic() < deadline:
                 time.sleep(0.05)
                 codes = [process.poll() for process in running]
-            killed = next((number for number, code in enumerate(codes) if (code or 0) < 0 and -code not in told), None)
+            killed = next((number for number, code in enumerate(codes) if code is not None and code < 0 and -code not in told), None)
             if killed is not None:  # it said nothing, and the others only miss it
                 name = signal.Signals(-(codes[killed] or 0)).name
                 why = "the system does that when memory runs out" if name == "SIGKILL" else "somebody or the system ended it, or it crashed"
