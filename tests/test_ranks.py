@@ -11,13 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from swiftlite import cli
-from swiftlite.errors import UsageError
+from swiftlite.errors import TrainError, UsageError
 from swiftlite.train import launch
 from tests.test_sft import PAIRS, assert_close, training, trajectory
 
@@ -109,6 +110,35 @@ def test_errors_are_said_once(tmp_path, words):
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error:") == 1
     assert "q_proj" in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_named(rank, tmp_path, words):
+    """What the others say about it is no cause, and the first may be the one that can say nothing."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "swiftlite.cli", "sft", *COMMON, *words, "--output_dir", str(tmp_path), "--max_steps", "100000"],
+        env=launched(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("step"))
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(children[rank], signal.SIGKILL)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"error: process {rank} was killed (SIGKILL)" in rest
+    assert "Traceback" not in rest
+
+
+def test_the_process_that_failed_is_quoted_not_the_one_that_misses_it():
+    """The first is told by its connection that the second has gone; why, only the second knows."""
+    script = (
+        "import os, sys\nfrom swiftlite.train.ranks import Lost\n"
+        "if os.environ['RANK'] == '0': sys.exit(Lost.exit_code)\nsys.exit('CUDA out of memory')"
+    )
+    with tempfile.TemporaryFile() as errors:
+        running = [subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "RANK": rank}, stderr=errors) for rank in ("0", "1")]
+        with pytest.raises(TrainError, match=r"process 1 failed \(exit code 1\)\n  why: CUDA out of memory"):
+            launch._wait(running, errors, [])
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,14 @@ def test_tools_and_calls() -> None:
     assert found.messages == expected and found.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
+def test_what_is_said_before_a_call_is_one_turn_with_it() -> None:
+    """As SWIFT reads it; two turns would teach the model to stop before it calls."""
+    result = {"role": "tool_response", "content": "2"}
+    found = to_conversation({"messages": [U, {**A, "loss": True}, CALL, CALL, result, A]}).messages
+    entry = {"type": "function", "function": CALL["content"]}
+    assert found == [U, {**A, "loss": True, "tool_calls": [entry, entry]}, {"role": "tool", "content": "2"}, A]
+
+
 @pytest.mark.parametrize(
     ("record", "match"),
     [
@@ -98,6 +106,10 @@ def test_tools_and_calls() -> None:
         ({"messages": [U, {**A, "loss": 0.5}]}, "loss is 0.5"),
         ({"messages": [U, {**A, "loss": [0]}]}, r"loss is \[0\]"),
         ({"messages": [U, CALL, {**CALL, "loss": False}]}, "calls of one turn are learnt alike"),
+        ({"messages": [U, {**A, "loss": False}, CALL]}, "calls of one turn are learnt alike"),
+        ({"messages": [U, {**A, "tool_calls": "[]"}, CALL]}, "tool_calls must be a list"),
+        ({"messages": [U, {**A, "content": [{"type": "text", "text": ""}]}]}, "is empty"),
+        ({"messages": [U, {**A, "content": []}]}, "is empty"),
         ({"messages": [U, {**A, "loss": 0}]}, "no assistant message to learn from"),
     ],
 )

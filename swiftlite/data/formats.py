@@ -111,7 +111,7 @@ def _from_messages(turns: Any, system: str, tools: Any, labelled: bool) -> Conve
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise DataError(f"message {number} must be an object, got {type(turn).__name__}")
-        messages += _turn(turn, number, after_call=bool(messages) and "tool_calls" in messages[-1], messages=messages)
+        messages += _turn(turn, number, messages)
     if system and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     if len(messages) == 1 and messages[0]["role"] == "assistant":
@@ -119,8 +119,8 @@ def _from_messages(turns: Any, system: str, tools: Any, labelled: bool) -> Conve
     return _checked(messages, tools, labelled)
 
 
-def _turn(turn: dict[str, Any], number: int, after_call: bool, messages: list[Message]) -> list[Message]:
-    """One element of `messages`; a ShareGPT pair gives two. A tool call joins the assistant message before it."""
+def _turn(turn: dict[str, Any], number: int, messages: list[Message]) -> list[Message]:
+    """One element of `messages`; a ShareGPT pair gives two. A tool call joins the assistant message before it in `messages`."""
     role = turn.get("role", turn.get("from"))
     if role is None:
         pair = [(_NAMES[key.lower()], value) for key, value in turn.items() if key.lower() in _NAMES]
@@ -134,10 +134,15 @@ def _turn(turn: dict[str, Any], number: int, after_call: bool, messages: list[Me
         if not isinstance(call, dict) or "name" not in call:
             raise DataError(f"message {number}: a tool call must be an object with name and arguments")
         entry = {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))}}
-        if after_call:
-            if (learnt(rest), weight(rest)) != (learnt(messages[-1]), weight(messages[-1])):
+        before = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+        if before is not None:
+            # one turn with what was said before the call: a model that learns to end its turn there never comes to call
+            calls = before.get("tool_calls", [])
+            if not isinstance(calls, list):
+                raise DataError(f"message {number - 1}: tool_calls must be a list of objects", fix="follow OpenAI's chat format")
+            if (learnt(rest), weight(rest)) != (learnt(before), weight(before)):
                 raise DataError(f"message {number}: calls of one turn are learnt alike", fix="give them the same loss and loss_scale")
-            messages[-1]["tool_calls"].append(entry)
+            before["tool_calls"] = [*calls, entry]
             return []
         return [{**rest, "role": "assistant", "content": "", "tool_calls": [entry]}]
     role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
@@ -156,7 +161,7 @@ def _checked(messages: list[Message], tools: Any, labelled: bool) -> Conversatio
         if content is not None and not isinstance(content, (str, list)):
             raise DataError(f"message {number} ({message['role']}): content must be text, got {type(content).__name__}")
         if message["role"] == "assistant":
-            if not content and not message.get("tool_calls") and learnt(message):
+            if not _written(content) and not message.get("tool_calls") and learnt(message):
                 raise DataError(f"the assistant's message {number} is empty")
             taught = taught or learnt(message)
     if labelled and not taught:
@@ -164,3 +169,10 @@ def _checked(messages: list[Message], tools: Any, labelled: bool) -> Conversatio
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError("tools must be a list of objects")
     return Conversation(messages=messages, tools=tools)
+
+
+def _written(content: Any) -> bool:
+    """Whether there is any text in it, whole or in parts; parts of other kinds are refused later."""
+    if isinstance(content, list):
+        return any(not isinstance(part, dict) or part.get("text") != "" for part in content)
+    return bool(content)

@@ -18,9 +18,10 @@ from types import FrameType
 from typing import IO
 
 from swiftlite.errors import TrainError, UsageError
+from swiftlite.train.ranks import LOST
 
 NOT_BEGUN = "stopped before training began; nothing was to be saved"
-GRACE = 10.0  # seconds for the first process to explain itself after another has failed
+GRACE = 10.0  # seconds for the first process to explain itself after another has failed, and for the one at fault to end
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> int:
@@ -80,17 +81,25 @@ def _wait(running: list[subprocess.Popen[bytes]], errors: IO[bytes], told: list[
         if signal.SIGTERM in told and -signal.SIGTERM in codes:  # the loop would have caught it
             print("stopped before training began or after it ended; nothing was to be saved")
             return 0
-        if all(code is not None for code in codes):
-            return next((_exit_code(code) for code in codes if code), 0)
         failed = [number for number, code in enumerate(codes) if code]
         if failed:
             deadline = time.monotonic() + GRACE
-            while running[0].poll() is None and time.monotonic() < deadline:
+            while (codes[0] is None or set(codes) <= {None, 0, LOST}) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            code = running[0].poll()
-            if code:
+                codes = [process.poll() for process in running]
+            killed = next((number for number, code in enumerate(codes) if code is not None and code < 0 and -code not in told), None)
+            if killed is not None:  # it said nothing, and the others only miss it
+                name = signal.Signals(-(codes[killed] or 0)).name
+                why = "the system does that when memory runs out" if name == "SIGKILL" else "somebody or the system ended it, or it crashed"
+                raise TrainError(
+                    f"process {killed} was killed ({name})", why, "--resume_from_checkpoint goes on from the last checkpoint"
+                )  # fmt: skip
+            if (code := codes[0]) and code != LOST:
                 return _exit_code(code)
-            raise TrainError(f"process {failed[0]} failed (exit code {codes[failed[0]]})", _tail(errors))
+            left = next((number for number, code in enumerate(codes) if code and code != LOST), failed[0])
+            raise TrainError(f"process {left} failed (exit code {codes[left]})", _tail(errors))
+        if all(code == 0 for code in codes):
+            return 0
         time.sleep(0.05)
 
 

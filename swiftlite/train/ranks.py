@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from swiftlite.errors import UsageError
+from swiftlite.errors import TrainError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=2)  # how long others wait while one encodes rows or writes a checkpoint
 BUCKET = 16 << 20  # numbers summed in one message
+
+LOST = 75  # exit code of a process that another one has left
+
+
+class Lost(TrainError):
+    """Another process is gone, and with it what it was to send."""
+
+    exit_code = LOST
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,13 @@ class Ranks:
         dist.init_process_group(backend, rank=self.rank, world_size=self.world, timeout=PATIENCE)
         try:
             yield
+        except RuntimeError as error:  # gloo has no class of its own for this
+            if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+                raise
+            raise Lost(
+                f"process {self.rank} cannot reach the others", "one of them has ended, or the network between machines failed",
+                "look for what that one said; --resume_from_checkpoint goes on from the last checkpoint",
+            ) from error  # fmt: skip
         finally:  # not a barrier: after an error the others may never come
             dist.destroy_process_group()
 
