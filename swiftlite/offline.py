@@ -14,6 +14,8 @@ from swiftlite.engine.request import RequestOutput, SamplingParams
 from swiftlite.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from swiftlite.chat.template import Template
 
 
@@ -25,12 +27,18 @@ class LLM:
     """
 
     def __init__(
-        self, model: str, *, dtype: str = "auto", device: str = "auto", adapters: dict[str, str] | None = None, **settings: Any
+        self,
+        model: str,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        adapters: dict[str, str] | None = None,
+        **settings: Any,
     ) -> None:
         from swiftlite import startup
         from swiftlite.hub import resolve_model
 
-        known = [field.name for field in dataclasses.fields(EngineConfig)]
+        known = ["model", "dtype", "device", "adapters", *(field.name for field in dataclasses.fields(EngineConfig))]
         for name in settings:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)

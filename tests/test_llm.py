@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 import swift.llm
 import swiftlite.llm
@@ -121,3 +122,25 @@ def test_arguments_are_checked_like_flags():
     assert options.dataset == ("a.jsonl",) and options.lora_rank == 4 and options.packing is False
     with pytest.raises(UsageError, match="lora_rank"):
         swift.llm.SftArguments(lora_rnk=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"torch_dtype": "float32"}, "did you mean dtype"),
+        ({"devices": "cpu"}, "did you mean device"),
+        ({"adapter": {}}, "did you mean adapters"),
+        ({"nothing": 1}, "known: model, dtype, device, adapters, max_model_len"),
+        ({"max_num_seqs": "4"}, "max_num_seqs must be an int, got '4'"),
+        ({"dtype": "float99"}, "use auto, float32, bfloat16, float16"),
+    ],
+)
+def test_wrong_settings_of_llm_say_what_is_right(settings, said):
+    with pytest.raises(UsageError, match=said):
+        swiftlite.llm.LLM(model="tiny-chat", **settings)
+
+
+def test_a_dtype_may_be_torchs_own(make_model):
+    llm = swiftlite.llm.LLM(model=str(make_model("llama")), dtype=torch.bfloat16, device="cpu", num_blocks=8)
+    assert llm.engine.dtype == torch.bfloat16
+    llm.shutdown()

@@ -1,7 +1,8 @@
 """`swift bench`: prefill, decode and serving speed of the engine, one `[BENCHMARK]` line a case in TensorRT-LLM's manner.
 
 A batch case runs twice: with one output token (prefill) and whole; decode is the difference, so that both are comparable with
-other engines measured the same way. Prompts are random tokens and the prefix cache is off: nothing is reused.
+other engines measured the same way. Where noise has the shorter run take longer, decode is what the whole one took from its last
+first token on. Prompts are random tokens and the prefix cache is off: nothing is reused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swiftlite.errors import UsageError
+from swiftlite.errors import ModelError, UsageError
 from swiftlite.options.parse import Options
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from swiftlite.engine.request import RequestOutput, SamplingParams
 
 PROMPT_RANGE, OUTPUT_RANGE = (32, 1024), (16, 256)  # tokens of a mixed request
+SHORTEST = PROMPT_RANGE[0] + OUTPUT_RANGE[0] + 1
 
 
 @dataclass
@@ -70,14 +72,22 @@ def main(options: Options) -> int:
         raise UsageError(f"--json {options.json}: its folder does not exist")
     if options.json and Path(options.json).is_dir():
         raise UsageError(f"--json {options.json} is a folder", fix="name a file in it")
+    if options.json:
+        _check_writable(Path(options.json))
     from swiftlite.commands.serving import load_engine
+    from swiftlite.engine.config import EngineConfig
 
-    engine, names = load_engine(options, enable_prefix_caching=False)
+    # all of --num_prompts may wait at once: the limit is for servers
+    limits = {"max_waiting": max(EngineConfig.max_waiting, options.num_prompts)}
+    engine, names = load_engine(options, enable_prefix_caching=False, **limits)
     try:
         longest = max(prompt + output for _, prompt, output in cases)
         if not options.num_prompts and longest > engine.max_model_len:
             why = f"prompt and answer share {engine.max_model_len} tokens"
             raise UsageError(f"a case of {longest} tokens does not fit", why, "shorten it, or raise --max_model_len")
+        if options.num_prompts and engine.max_model_len < SHORTEST:
+            why = f"prompt and answer share {engine.max_model_len} tokens, the shortest of the mixed requests has {SHORTEST}"
+            raise UsageError("--num_prompts does not fit", why, "raise --max_model_len, or measure cases of --input_output_len")
         started = _seconds_since_start(engine)
         print(f"start to first token: {started:.1f} s")
         if options.num_prompts:
@@ -103,7 +113,7 @@ def batch_case(engine: Engine, names: list[str], batch: int, prompt: int, output
     generator = random.Random(0)
     vocabulary = len(engine.tokenizer)
     adapters = [names[i % len(names)] if names else None for i in range(batch)]
-    first = total = float("inf")
+    first = total = rest = float("inf")
     latencies: list[float] = []
     waits: list[float] = []
     before = engine.stats()
@@ -112,9 +122,10 @@ def batch_case(engine: Engine, names: list[str], batch: int, prompt: int, output
         first = min(first, _timed(engine, prompts, 1, adapters)[0])
         seconds, outputs = _timed(engine, prompts, output, adapters)
         total = min(total, seconds)
+        rest = min(rest, max(o.metrics["finished"] for o in outputs) - max(o.metrics["first_token"] for o in outputs))
         latencies += [o.metrics["finished"] - o.metrics["arrival"] for o in outputs]
         waits += [o.metrics["first_token"] - o.metrics["arrival"] for o in outputs]
-    decode = batch * (output - 1) / max(total - first, 1e-9) if output > 1 else 0.0
+    decode = batch * (output - 1) / max(total - first if total > first else rest, 1e-9) if output > 1 else 0.0
     return Case(
         batch, prompt, output, len(names), batch * prompt / first, decode, batch * output / total,
         1e3 * total, 1e3 * _percentile(latencies, 95), 1e3 * _percentile(latencies, 99), 1e3 * sum(waits) / len(waits),
@@ -142,6 +153,7 @@ def serve_case(engine: Engine, names: list[str], count: int, rate: float) -> Cas
         streams.append(engine.submit(ids, _greedy(output), adapter=names[i % len(names)] if names else None))
     outputs = [stream.result() for stream in streams]
     total = time.monotonic() - start
+    _check_outputs(outputs)
     latencies = [o.metrics["finished"] - o.metrics["arrival"] for o in outputs]
     waits = [o.metrics["first_token"] - o.metrics["arrival"] for o in outputs]
     return Case(
@@ -149,6 +161,17 @@ def serve_case(engine: Engine, names: list[str], count: int, rate: float) -> Cas
         output_tokens / total, 1e3 * sum(latencies) / count, 1e3 * _percentile(latencies, 95), 1e3 * _percentile(latencies, 99),
         1e3 * sum(waits) / count, _kv_waste(before, engine.stats()),
     )  # fmt: skip
+
+
+def _check_writable(path: Path) -> None:
+    """UsageError where the report could not be written: found now, and not when all is measured."""
+    new = not path.exists()
+    try:
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written", str(error.strerror), "name another file") from None
 
 
 def _greedy(tokens: int) -> SamplingParams:
@@ -160,7 +183,16 @@ def _greedy(tokens: int) -> SamplingParams:
 def _timed(engine: Engine, prompts: list[list[int]], tokens: int, adapters: list[str | None]) -> tuple[float, list[RequestOutput]]:
     start = time.perf_counter()
     outputs = engine.generate(prompts, _greedy(tokens), adapter=adapters)
-    return time.perf_counter() - start, outputs
+    seconds = time.perf_counter() - start
+    _check_outputs(outputs)
+    return seconds, outputs
+
+
+def _check_outputs(outputs: list[RequestOutput]) -> None:
+    """ModelError when a request failed: its speed would be that of tokens that nobody computed."""
+    for output in outputs:
+        if output.error:
+            raise ModelError("a request of the benchmark failed", output.error)
 
 
 def _percentile(values: list[float], percent: float) -> float:

@@ -46,6 +46,8 @@ class EngineConfig:
         for least, names in ((1, AT_LEAST_1), (0, AT_LEAST_0)):
             for name in names:
                 value = getattr(self, name)
+                if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                    raise UsageError(f"{name} must be an int, got {value!r}")
                 if value is not None and value < least:
                     raise UsageError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -52,7 +52,7 @@ class Engine:
         model_dir: str | Path,
         config: EngineConfig = EngineConfig(),
         *,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         adapters: dict[str, str] | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,

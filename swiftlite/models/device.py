@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from swiftlite.errors import ModelError
+from swiftlite.errors import ModelError, UsageError
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,11 +56,17 @@ def use_cores() -> int:
     return torch.get_num_threads()
 
 
-def choose_dtype(flag: str, device: torch.device, checkpoint: str | None = None) -> torch.dtype:
-    """`auto`: bfloat16 where a short probe finds it no slower than float32, else float32. `checkpoint` is the dtype that the
-    model's config.json names: on a CPU a float32 checkpoint stays float32. Prints the choice."""
+def choose_dtype(flag: str | torch.dtype, device: torch.device, checkpoint: str | None = None) -> torch.dtype:
+    """A dtype or its name; `auto`: bfloat16 where a short probe finds it no slower than float32, else float32.
+
+    `checkpoint` is the dtype that the model's config.json names: on a CPU a float32 checkpoint stays float32. Prints the choice.
+    Raises UsageError for another name.
+    """
     if flag != "auto":
-        return TORCH_DTYPES[flag]
+        name = str(flag).removeprefix("torch.")
+        if name not in TORCH_DTYPES:
+            raise UsageError(f"unknown dtype {name!r}", fix=f"use auto, {', '.join(TORCH_DTYPES)}")
+        return TORCH_DTYPES[name]
     if checkpoint == "float32" and device.type == "cpu":
         print("dtype: float32 (the checkpoint's own)")
         return torch.float32
