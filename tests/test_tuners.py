@@ -89,7 +89,10 @@ def test_variants_train_float32_on_a_bfloat16_base(sft, make_model, flags):  # n
     losses = trajectory(run)
     assert losses[-1][0] < 0.8 * losses[0][0]
     exact = trajectory(sft("--torch_dtype", "float32", *flags, *common))
-    assert losses[0] == pytest.approx(exact[0], rel=0.03)  # from the second step on, paths part
+    # From the second step on, paths part. Some take their start out of the base, which is rounded again: OLoRA's gradients then lie 2 to
+    # 4 % off, by which of its instructions the linear algebra library chooses on this machine.
+    assert losses[0][0] == pytest.approx(exact[0][0], rel=0.01)
+    assert losses[0][1] == pytest.approx(exact[0][1], rel=0.06 if "olora" in flags else 0.03)
 
 
 def test_plain_lora_through_peft_equals_ours(make_model):
