@@ -23,7 +23,7 @@ class LLM:
     """A model (directory, `tiny-chat`, SWIFT model type or hub id) with an engine of its own.
 
     `settings` are EngineConfig's fields (max_model_len, max_num_seqs, kv_cache_memory, ...); `adapters` maps names to PEFT
-    directories. Raises HubError, ModelError or AdapterError.
+    directories. Raises HubError, ModelError, AdapterError, or UsageError for a setting that is none.
     """
 
     def __init__(

@@ -81,6 +81,8 @@ def test_what_is_said_before_a_call_is_one_turn_with_it() -> None:
     found = to_conversation({"messages": [U, {**A, "loss": True}, CALL, CALL, result, A]}).messages
     entry = {"type": "function", "function": CALL["content"]}
     assert found == [U, {**A, "loss": True, "tool_calls": [entry, entry]}, {"role": "tool", "content": "2"}, A]
+    alone = to_conversation({"messages": [A, CALL]})  # one message, but no text to continue
+    assert alone.messages == [{**A, "tool_calls": [entry]}] and not alone.text
 
 
 @pytest.mark.parametrize(

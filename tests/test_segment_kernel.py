@@ -122,8 +122,10 @@ def test_a_model_s_attention_takes_it(monkeypatch):
 
 def test_what_it_takes():
     q, k, v, _ = (x.transpose(1, 2) for x in case(4, 2, 64, 64, 8))
-    assert kernel.takes(q, k, v, torch.get_num_threads(), 0.1)
-    assert not kernel.takes(q.half(), k, v, 8, 0.1)
-    assert not kernel.takes(q[..., :48], k[..., :48], v, 8, 0.1)
-    assert not kernel.takes(torch.cat((q, q)), torch.cat((k, k)), torch.cat((v, v)), 8, 0.1)
-    assert not kernel.takes(q[:, :1], k[:, :1], v[:, :1], 1, 0.1) or torch.get_num_threads() == 1
+    assert kernel.takes(q, k, v, (8,) * torch.get_num_threads(), 0.1)
+    assert not kernel.takes(q.half(), k, v, (8,) * 8, 0.1)
+    assert not kernel.takes(q[..., :48], k[..., :48], v, (8,) * 8, 0.1)
+    assert not kernel.takes(torch.cat((q, q)), torch.cat((k, k)), torch.cat((v, v)), (8,) * 8, 0.1)
+    assert not kernel.takes(q, k, v, (), 0.1)
+    one = (x[:, :1] for x in (q, k, v))  # its one long document would be one thread's work
+    assert not kernel.takes(*one, (500, *(10,) * 30), 0.1) or torch.get_num_threads() == 1

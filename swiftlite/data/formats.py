@@ -114,7 +114,7 @@ def _from_messages(turns: Any, system: str, tools: Any, labelled: bool) -> Conve
         messages += _turn(turn, number, messages)
     if system and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    if len(messages) == 1 and messages[0]["role"] == "assistant":
+    if len(messages) == 1 and messages[0]["role"] == "assistant" and not messages[0].get("tool_calls"):
         return Conversation(text=_checked(messages, tools, labelled).messages[0]["content"])
     return _checked(messages, tools, labelled)
 

@@ -14,8 +14,10 @@ AT_LEAST_1 = (
     "block_size",
     "num_blocks",
     "max_lora_rank",
+    "max_n",
+    "max_waiting",
 )
-AT_LEAST_0 = ("kv_cache_memory", "adapter_memory", "adapter_host_memory", "speculate_ngram")
+AT_LEAST_0 = ("max_logprobs", "kv_cache_memory", "adapter_memory", "adapter_host_memory", "speculate_ngram")
 
 
 @dataclass(frozen=True)

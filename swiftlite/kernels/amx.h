@@ -5,7 +5,7 @@
 #pragma once
 #include "vectors.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define SWIFT_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>

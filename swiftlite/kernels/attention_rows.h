@@ -193,7 +193,7 @@ INLINE void soften(const Args& a, float* s, int count, int group, int dim, float
     }
 }
 
-// K and V rows of a chunk's tokens for the first head of its task; 32 more repeat the last, for steps of 32 (they weigh zero).
+// K and V rows of a chunk's tokens for the first head of its task; 32 more are readable, for steps of 32 (they weigh zero).
 template <class T>
 struct Chunk {
     const T *k[CHUNK + 32], *v[CHUNK + 32];
@@ -230,10 +230,10 @@ void run_rows(const Args& a, const Task& task, const Task* then, std::vector<flo
         else if (then)
             next->fill(a, *then, then->begin);
         const int count = now->count, fetched = last && !then ? 0 : next->count;
-        // what is fetched beside the last head; rows that are not there are fetched again from here
+        // What is fetched beside the last head; where there are fewer rows, these again.
         if (fetched < count) {
-            std::copy(now->k + fetched, now->k + count, next->k + fetched);
-            std::copy(now->v + fetched, now->v + count, next->v + fetched);
+            std::copy(now->k + fetched, now->k + count + 32, next->k + fetched);
+            std::copy(now->v + fetched, now->v + count + 32, next->v + fetched);
         }
         for (int head = 0; head < task.heads; head++) {
             const bool more = head + 1 < task.heads;

@@ -31,7 +31,7 @@ class UnitRows {
         return (heads * group * a.key_dim + group * CHUNK) / 2 + (size_t)PIECE / 2 * a.value_dim;
     }
 
-    // Whether a task is one for the unit: enough heads, and its tokens lie 16 side by side.
+    // Whether a task is one for the unit: enough heads, and its tokens lie 16 side by side (behind a window they do in one step of 16).
     static bool takes(const Args& a, const Task& task) {
         const int group = a.heads / a.kv_heads;
         return group >= FEWEST_HEADS && group <= MOST_HEADS && a.key_dim % 32 == 0 && a.value_dim % 32 == 0 && a.block_size % 16 == 0 &&

@@ -14,7 +14,7 @@ struct LowRankProduct {
     int64_t across, inputs;  // inputs: k less what fills it up, where x has zeros
 };
 
-#if defined(SWIFT_AMX) && defined(__AVX512BF16__)
+#ifdef SWIFT_AMX
 #include <omp.h>
 
 #include <vector>
@@ -27,7 +27,10 @@ constexpr int64_t PIECE = 4096;  // inputs at a time: of more, the second-level 
 template <class T>
 T* kept(std::vector<__m512i>& memory, int64_t count) {
     const int64_t lines = (count * (int64_t)sizeof(T) + 63) / 64;
-    if ((int64_t)memory.size() < lines) memory.resize(lines);
+    if ((int64_t)memory.size() < lines) {
+        memory.clear();  // nothing is copied
+        memory.resize(lines);
+    }
     return (T*)memory.data();
 }
 
@@ -61,8 +64,8 @@ void multiply(LowRankProduct p, int index, int count) {
         p.rows = p.rows * (index + 1) / count - first;
         p.out += first * p.n, p.x += first * p.stride, p.low += first * p.rank;
         index = 0, count = 1;
-        if (!p.rows) return;
     }
+    if (!p.rows) return;
     const int64_t begin = panels * index / count, end = panels * (index + 1) / count, pieces = (p.k + PIECE - 1) / PIECE;
     const RowBlocks blocks(p.rows);
     const Tiles tiles = blocks.tiles();
@@ -107,7 +110,7 @@ void multiply(LowRankProduct p, int index, int count) {
 extern "C" {
 // Whether this build uses the matrix unit and the system lets this process do so.
 int swift_unit_ready() {
-#if defined(SWIFT_AMX) && defined(__AVX512BF16__)
+#ifdef SWIFT_AMX
     return amx_ready();
 #else
     return 0;
@@ -115,7 +118,7 @@ int swift_unit_ready() {
 }
 
 void swift_low_rank(const LowRankProduct* product, int threads) {
-#if defined(SWIFT_AMX) && defined(__AVX512BF16__)
+#ifdef SWIFT_AMX
 #pragma omp parallel num_threads(threads)
     multiply(*product, omp_get_thread_num(), omp_get_num_threads());
 #endif

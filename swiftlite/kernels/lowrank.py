@@ -63,6 +63,7 @@ def multiply(
     )  # fmt: skip
     if low is not None and up is not None:
         low, up = low.contiguous(), up.contiguous()
+        assert low.dtype == up.dtype == torch.bfloat16 and low.shape[1] == len(up) and len(up) % STEP == 0
         product.low, product.up, product.rank = low.data_ptr(), up.data_ptr(), low.shape[1]
     library = unit.library()
     assert library is not None and x.dtype == weight.dtype == torch.bfloat16 and n % STEP == k % STEP == 0

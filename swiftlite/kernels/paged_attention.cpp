@@ -6,7 +6,7 @@
 //   tiles   64 rows or more (queries x heads of one KV head) against 64 keys or more at a time, with a running softmax (prefill). With
 //           AVX512-BF16 both products are pairs-of-bfloat16 dot products on repacked K and V, in the matrix unit where there is
 //           one; else fp32.
-// The softmax is fp32 throughout. Nothing outside a sequence's own tokens is read.
+// The softmax is fp32 throughout. Nothing outside a sequence's own tokens reaches a result.
 #include <atomic>
 
 #include "attention_rows.h"

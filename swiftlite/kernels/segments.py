@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from swiftlite.kernels import unit
 
@@ -29,11 +30,13 @@ class _Args(ctypes.Structure):
     )
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, documents: int, scale: float) -> bool:
-    """Whether `attend` is for q [1, H, T, D], k [1, G, T, D] and v [1, G, T, Dv]. A document's KV head is one thread's work, so there
-    must be as many as threads."""
+def takes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> bool:
+    """Whether `attend` is for q [1, H, T, D], k [1, G, T, D] and v [1, G, T, Dv]. A document's KV head is one thread's work, so the
+    longest must be no more than a thread's share of all (a document's work grows with its length squared)."""
     fits = len(q) == 1 and q.shape[3] % unit.STEP == 0 and v.shape[3] % unit.STEP == 0 and q.shape[1] % k.shape[1] == 0 and scale > 0
-    return unit.takes(q, k, v) and fits and documents * k.shape[1] >= torch.get_num_threads() and unit.library() is not None
+    work = [length * length for length in lengths]
+    shared = 0 < torch.get_num_threads() * max(work, default=0) <= k.shape[1] * sum(work)
+    return unit.takes(q, k, v) and fits and shared and unit.library() is not None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
@@ -69,9 +72,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int | None) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
         heads, tokens = q.shape[1:3]
-        starts = torch.tensor([0, *accumulate(lengths)])
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
         assert starts[-1] == tokens == k.shape[2] == v.shape[2]
-        out, levels = torch.empty(1, tokens, heads, v.shape[3], dtype=q.dtype), torch.empty(heads, tokens)
+        out, levels = q.new_empty(1, tokens, heads, v.shape[3]), q.new_empty(heads, tokens, dtype=torch.float32)
         args = _args(q, k, v, levels, starts, scale, window)
         args.out = out.data_ptr()
         _run(args, back=False)
@@ -80,6 +83,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, *rest = ctx.saved_tensors
         grad = _rows(grad)

@@ -10,7 +10,7 @@
 #include "amx.h"
 #include "panels.h"
 
-#if defined(SWIFT_AMX) && defined(__AVX512BF16__)
+#ifdef SWIFT_AMX
 namespace {
 
 constexpr int UNIT_ROWS = 4;  // from here on the unit is faster than the vectors

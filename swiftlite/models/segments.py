@@ -5,8 +5,9 @@ document and never crosses its borders, so packing changes no result and nothing
 keyword of `model(...)`, which transformers hands down to every attention layer (no global state), and no mask is built
 because none is registered for our name.
 
-On a CPU with a matrix unit documents take the kernel of `kernels/segments.py`, on other CPUs most take `attention_blocks`, on a GPU
-all of them `attention_varlen`; the reference of the three is the path that dropout takes, one document after the other.
+On a CPU with a matrix unit bfloat16 documents take the kernel of `kernels/segments.py` (no soft cap), else most take
+`attention_blocks`, on a GPU all of them `attention_varlen`; the reference of the three is the path that dropout takes, one document
+after the other.
 
 Does not know: losses, adapters, caches. Raises on any keyword it does not understand (attention sinks, sparse indices, ...),
 because ignoring one means silently wrong gradients.
@@ -80,14 +81,14 @@ def attend(
     if torch.is_autocast_enabled(kind):  # rotation leaves q and k in float32 there, and v is not
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     lengths = tuple(swift_segments)
-    settings = scaling, dropout, sliding_window, softcap
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    settings = scale, dropout, sliding_window, softcap
     if kind == "cuda":
         from swiftlite.models import attention_varlen  # torch's module takes a while to import, and a CPU has no use for it
 
         if attention_varlen.takes(query, value, dropout, softcap):
             return attention_varlen.attend(query, key, value, lengths, scaling, sliding_window), None
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if dropout == 0 and softcap is None and by_kernel.takes(query, key, value, len(lengths), scale):
+    if dropout == 0 and softcap is None and by_kernel.takes(query, key, value, lengths, scale):
         return by_kernel.attend(query, key, value, lengths, scale, sliding_window), None
     layout = _layout(lengths, query.device, onednn=kind == "cpu" and query.dtype == torch.bfloat16)
     if layout is None:
@@ -170,25 +171,24 @@ class _Collect(torch.autograd.Function):
 
 
 def _segment(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None
 ) -> Tensor:  # [B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> [B, H, T, Dv]
     tokens, grouped = q.shape[2], q.shape[1] != k.shape[1]
     windowed = window is not None and window < tokens
     if q.device.type == "cpu" and dropout == 0 and (windowed or softcap is not None or q.dtype != torch.float32 or tokens > SHORT):
-        scale = scaling if scaling is not None else q.shape[-1] ** -0.5
         return attention_blocks.attend(q, k, v, scale, window if windowed else None, softcap)
     if softcap is None and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped)
     distance = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)[None, :]
     seen = distance >= 0  # [T, T], query by key
     if window is not None:
         seen &= distance < window
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scale, enable_gqa=grouped)
     if grouped:
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = (q @ k.transpose(2, 3)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)  # [1, H, T, T]
+    scores = (q @ k.transpose(2, 3)) * scale  # [1, H, T, T]
     scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~seen, float("-inf"))
     weights = F.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype), dropout, training=dropout > 0)
     return weights @ v

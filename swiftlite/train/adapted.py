@@ -58,6 +58,7 @@ class LowRankByKernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         x, weight, a, b, low = ctx.saved_tensors
+        g = g.contiguous()  # once for all four
         rank, wide_a, wide_b = len(a), lowrank.widened(a), lowrank.widened(b.T * ctx.scale)
         g_low = lowrank.multiply(g, wide_b)  # [T, R]
         g_b = lowrank.multiply(lowrank.turned(low), g, across=True)[:rank].T.float().mul_(ctx.scale)

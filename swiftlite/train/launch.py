@@ -84,23 +84,28 @@ def _wait(running: list[subprocess.Popen[bytes]], errors: IO[bytes], told: list[
         failed = [number for number, code in enumerate(codes) if code]
         if failed:
             deadline = time.monotonic() + GRACE
-            while (codes[0] is None or set(codes) <= {None, 0, LOST}) and time.monotonic() < deadline:
+            while None in codes and (codes[0] is None or set(codes) <= {None, 0, LOST}) and time.monotonic() < deadline:
                 time.sleep(0.05)
                 codes = [process.poll() for process in running]
             killed = next((number for number, code in enumerate(codes) if code is not None and code < 0 and -code not in told), None)
-            if killed is not None:  # it said nothing, and the others only miss it
-                name = signal.Signals(-(codes[killed] or 0)).name
+            spoke = any(code and code > 0 and code != LOST for code in codes)  # NCCL aborts those that miss one that failed
+            if killed is not None and (codes[killed] == -signal.SIGKILL or not spoke):  # it said nothing, and the others only miss it
+                name = _signal_name(-(codes[killed] or 0))
                 why = "the system does that when memory runs out" if name == "SIGKILL" else "somebody or the system ended it, or it crashed"
                 raise TrainError(
                     f"process {killed} was killed ({name})", why, "--resume_from_checkpoint goes on from the last checkpoint"
                 )  # fmt: skip
-            if (code := codes[0]) and code != LOST:
-                return _exit_code(code)
+            if codes[0] and (codes[0] != LOST or not spoke):  # it has said why; what it lost may be on another machine
+                return _exit_code(codes[0])
             left = next((number for number, code in enumerate(codes) if code and code != LOST), failed[0])
             raise TrainError(f"process {left} failed (exit code {codes[left]})", _tail(errors))
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _tail(errors: IO[bytes]) -> str:

@@ -100,7 +100,8 @@ class Ranks:
             if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
                 raise
             raise Lost(
-                f"process {self.rank} cannot reach the others", "one of them has ended, or the network between machines failed",
+                f"process {self.rank} cannot reach the others",
+                f"one of them has ended, or the network between machines failed ({(str(error).splitlines() or [''])[0][:300]})",
                 "look for what that one said; --resume_from_checkpoint goes on from the last checkpoint",
             ) from error  # fmt: skip
         finally:  # not a barrier: after an error the others may never come
