@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    engine = LLM(args.model, dtype=args.dtype, device=args.device, enable_prefix_caching=False).engine
+    llm = LLM(args.model, dtype=args.dtype, device=args.device, enable_prefix_caching=False)
+    engine = llm.engine
     sizes = {name: math.prod(info.shape) for name, info in open_shards(engine.model_dir).tensors.items()}
     table = next((name for name in sizes if name.endswith("embed_tokens.weight")), "")
     weights = sum(count for name, count in sizes.items() if name != table or "lm_head.weight" not in sizes) * engine.dtype.itemsize
