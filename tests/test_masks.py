@@ -99,6 +99,19 @@ def test_qwen3_thoughts_are_learnt_and_leave_history() -> None:
     assert "hmm one" not in decode(second.ids)
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_that_is_not_written_is_not_dropped_in_silence(name: str) -> None:
+    template = load("qwen2_5", "qwen")
+    chat = turns("q1", "a1", "q2", "a2")
+    chat[3][name] = "hmm\n two"
+    with pytest.raises(DataError, match="does not write thoughts"):
+        template.encode_training(Conversation(chat))
+    chat[3]["loss"] = False  # nothing is learnt of it
+    assert template.encode_training(Conversation(chat))
+    for style in ("qwen3", "r1"):
+        assert load(style, "qwen").encode_training(Conversation([{**chat[0]}, {**chat[3], "loss": True}]))
+
+
 def test_r1_thoughts_follow_its_open_block() -> None:
     template = load("r1", "qwen")
     prompt = template.encode_prompt(turns("q"))

@@ -39,7 +39,7 @@ from swiftlite.chat.masks import (
 )
 from swiftlite.chat.scales import parse as parse_scale
 from swiftlite.chat.tokens import ControlTokens
-from swiftlite.chat.tools import check_written
+from swiftlite.chat.tools import check_thought, check_written
 from swiftlite.errors import DataError, RequestError, SwiftError, TemplateError
 
 SAVED = "swift_template.json"
@@ -322,6 +322,8 @@ class Template:
                 )
             factor = 1.0 if loss_scale == "all" else weight(own[k])
             learn = loss_scale == "all" or (learnt(own[k]) and factor > 0)
+            if learn:
+                check_thought(message, answer)
             rounds.append(Round(prompt, answer, learn, mark, factor))
         return rounds
 

@@ -1,6 +1,6 @@
-"""Whether a template writes what a row holds of tools: asked by leaving it out and rendering again.
+"""Whether a template writes what a row holds of tools, asked by leaving it out and rendering again, and of thoughts.
 
-A call that is not written would be learnt as an empty answer, and a tool or its result that is not written as guessing.
+A call that is not written would be learnt as an empty answer, and a tool, its result or a thought that is not written as guessing.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ def check_written(render: Render, messages: list[Message], tools: list | None) -
             raise _unwritten(what)
     if tools and same(render(messages, tools), messages, None):
         raise _unwritten("the row's tools")
+
+
+def check_thought(message: Message, answer: str) -> None:
+    """DataError when the thought of an assistant's turn is not in what the template makes of it, `answer`, spaces aside."""
+    thought = message.get("reasoning_content")
+    if isinstance(thought, str) and "".join(thought.split()) not in "".join(answer.split()):
+        raise _unwritten("thoughts (reasoning_content)")
 
 
 def _unwritten(what: str) -> DataError:
