@@ -127,7 +127,7 @@ def batch_case(engine: Engine, names: list[str], batch: int, prompt: int, output
         waits += [o.metrics["first_token"] - o.metrics["arrival"] for o in outputs]
     decode = batch * (output - 1) / max(total - first if total > first else rest, 1e-9) if output > 1 else 0.0
     return Case(
-        batch, prompt, output, len(names), batch * prompt / first, decode, batch * output / total,
+        batch, prompt, output, min(len(names), batch), batch * prompt / first, decode, batch * output / total,
         1e3 * total, 1e3 * _percentile(latencies, 95), 1e3 * _percentile(latencies, 99), 1e3 * sum(waits) / len(waits),
         _kv_waste(before, engine.stats()),
     )  # fmt: skip
