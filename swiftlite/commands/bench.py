@@ -68,12 +68,8 @@ def main(options: Options) -> int:
     cases = parse_cases(options.batch_size, options.input_output_len)
     if options.num_prompts < 0 or not 0 <= options.request_rate < float("inf"):
         raise UsageError("--num_prompts and --request_rate must be at least 0", fix="0 requests a second: all at once")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UsageError(f"--json {options.json}: its folder does not exist")
-    if options.json and Path(options.json).is_dir():
-        raise UsageError(f"--json {options.json} is a folder", fix="name a file in it")
     if options.json:
-        _check_writable(Path(options.json))
+        _check_report(Path(options.json))
     from swiftlite.commands.serving import load_engine
     from swiftlite.engine.config import EngineConfig
 
@@ -163,8 +159,12 @@ def serve_case(engine: Engine, names: list[str], count: int, rate: float) -> Cas
     )  # fmt: skip
 
 
-def _check_writable(path: Path) -> None:
+def _check_report(path: Path) -> None:
     """UsageError where the report could not be written: found now, and not when all is measured."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--json {path}: its folder does not exist")
+    if path.is_dir():
+        raise UsageError(f"--json {path} is a folder", fix="name a file in it")
     new = not path.exists()
     try:
         path.open("a").close()

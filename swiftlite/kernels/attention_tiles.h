@@ -168,7 +168,6 @@ template <class Left>
 INLINE void soften_rows(const Args& a, float* s, Left* p, int stride, int columns, const int* last, float* maximum, float* total, float* out,
                         int width) {
     constexpr float LOG2_E = 1.44269504f;
-    const v16i lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const float factor = a.softcap > 0 ? LOG2_E : a.scale * LOG2_E;  // from what lies in s
     if (a.softcap > 0)
         for (int r = 0; r < 16; r++)
@@ -180,7 +179,7 @@ INLINE void soften_rows(const Args& a, float* s, Left* p, int stride, int column
         v16f top = splat(NEVER);
         if (last[r] < columns - 1 || first > 0)
             for (int t = 0; t < columns; t += 16)
-                store(x + t, ((lanes + t > last[r]) | (lanes + t < first)) ? splat(-INFINITY) : load(x + t));
+                store(x + t, ((LANES + t > last[r]) | (LANES + t < first)) ? splat(-INFINITY) : load(x + t));
         for (int t = 0; t < columns; t += 16) {
             const v16f part = load(x + t);
             top = part > top ? part : top;

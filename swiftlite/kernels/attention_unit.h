@@ -42,8 +42,7 @@ class UnitRows {
     INLINE_MEMBER void scores(int head, Rows<bf16> k, Rows<bf16> next, int count, float* s) {
         alignas(64) float found[2 * 16 * MOST_HEADS];
         const bf16* q = queries + head * group * key_dim;
-        const v16i lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const __m512i places = (__m512i)(lanes * group);
+        const __m512i places = (__m512i)(LANES * group);
         for (int t = 0; t < count; t += 32) {
             const bool more = t + 16 < count;
             const bf16 *first = k[t], *second = more ? k[t + 16] : first;

@@ -17,22 +17,9 @@ struct LowRankProduct {
 #ifdef SWIFT_AMX
 #include <omp.h>
 
-#include <vector>
-
 namespace {
 
 constexpr int64_t PIECE = 4096;  // inputs at a time: of more, the second-level cache holds too few panels
-
-// A thread's memory, kept between calls: fresh memory costs a page fault for every 4 KB.
-template <class T>
-T* kept(std::vector<__m512i>& memory, int64_t count) {
-    const int64_t lines = (count * (int64_t)sizeof(T) + 63) / 64;
-    if ((int64_t)memory.size() < lines) {
-        memory.clear();  // nothing is copied
-        memory.resize(lines);
-    }
-    return (T*)memory.data();
-}
 
 // `k` inputs of the panels [first, last), each `size` elements behind the one before, of a weight whose rows, `stride` elements apart, are
 // outputs, or inputs when `across`: of those only `inputs` are there.

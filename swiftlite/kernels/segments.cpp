@@ -20,7 +20,6 @@ struct SegmentAttention {
 
 #ifdef SWIFT_AMX
 #include <cmath>
-#include <vector>
 
 namespace {
 
@@ -36,28 +35,22 @@ struct Rows {
     const bf16* operator[](int64_t row) const { return x + row * stride; }
 };
 
-// A task's memory, kept between calls: fresh memory costs a page fault for every 4 KB. It grows with the document (0.3 GB for one of
-// 32,000 tokens with 7 heads of 128 together).
+// A task's memory, `bytes` in all. It grows with the document (0.3 GB for one of 32,000 tokens with 7 heads of 128 together).
 class Scratch {
    public:
+    explicit Scratch(int64_t bytes) {
+        static thread_local std::vector<__m512i> memory;
+        place = kept<char>(memory, bytes);
+    }
     template <class T>
     T* take(int64_t count) {
-        T* place = (T*)(memory().data() + used);
-        used += (count * (int64_t)sizeof(T) + 63) / 64;
-        return place;
-    }
-    static void reserve(int64_t bytes) {
-        if ((int64_t)memory().size() * 64 >= bytes) return;
-        memory().clear();  // nothing is copied
-        memory().resize(bytes / 64 + 1);
+        T* taken = (T*)place;
+        place += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+        return taken;
     }
 
    private:
-    static std::vector<__m512i>& memory() {
-        static thread_local std::vector<__m512i> kept;
-        return kept;
-    }
-    int64_t used = 0;
+    char* place;
 };
 
 // 32 rows from `row` on; a block that is not whole is filled up with zeros in `spare` [SIDE][dim].
@@ -111,8 +104,6 @@ INLINE void write_rows(bf16* out, int64_t stride, int64_t rows, const float* fac
         for (int c = 0; c < SIDE; c += 16) store(out + r * stride + c, load(sums + r * SIDE + c) * (factors ? factors[r] : 1.0f));
 }
 
-const v16i LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
 // 16 columns from `column` on: x within [first, last], else `other`.
 INLINE v16f within(v16f x, int64_t column, int64_t first, int64_t last, float other) {
     if (column >= first && column + 15 <= last) return x;
@@ -141,8 +132,7 @@ struct Task {
 void forward(const Task& t) {
     const Args& a = t.a;
     const int64_t dim = std::max(a.key_dim, a.value_dim), apart = t.padded;
-    Scratch::reserve(t.padded * (a.key_dim + a.value_dim) * 2 + t.padded * SIDE * 6 + SIDE * dim * 2 + 512);
-    Scratch scratch;
+    Scratch scratch(t.padded * (a.key_dim + a.value_dim) * 2 + t.padded * SIDE * 6 + SIDE * dim * 2 + 512);
     bf16 *keys = scratch.take<bf16>(t.padded * a.key_dim), *values = scratch.take<bf16>(t.padded * a.value_dim);
     bf16 *weights = scratch.take<bf16>(SIDE * apart), *spare = scratch.take<bf16>(SIDE * dim);
     float* scores = scratch.take<float>(SIDE * t.padded);  // [panel][SIDE][SIDE]
@@ -186,9 +176,8 @@ void forward(const Task& t) {
 void backward(const Task& t) {
     const Args& a = t.a;
     const int64_t dims = a.key_dim + a.value_dim, apart = t.padded, group = t.group;
-    Scratch::reserve(t.padded * (2 * a.key_dim + a.value_dim) * 2 + group * t.padded * (2 * dims * 2 + 2 * SIDE * 2 + 8) + SIDE * dims * 2 +
+    Scratch scratch(t.padded * (2 * a.key_dim + a.value_dim) * 2 + group * t.padded * (2 * dims * 2 + 2 * SIDE * 2 + 8) + SIDE * dims * 2 +
                      2 * SIDE * t.padded * 4 + 4096);
-    Scratch scratch;
     bf16 *key_panels = scratch.take<bf16>(t.padded * a.key_dim), *value_panels = scratch.take<bf16>(t.padded * a.value_dim);
     bf16* keys = scratch.take<bf16>(t.padded * a.key_dim);
     bf16 *query_panels = scratch.take<bf16>(group * t.padded * a.key_dim), *grad_panels = scratch.take<bf16>(group * t.padded * a.value_dim);

@@ -19,6 +19,8 @@ struct bf16 {
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
+const v16i LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 INLINE v16f splat(float x) { return v16f{} + x; }
 
 INLINE float to_float(float x) { return x; }
