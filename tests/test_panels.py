@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from swiftlite.engine.panels import Panels, PanelWeight, choose_pack
-from swiftlite.kernels.build import build, cpu_name, load_library
+from swiftlite.kernels.build import build, load_library
+from swiftlite.kernels.stages import Run
 from swiftlite.kernels.steps import Kernels
 from swiftlite.models.packed import OneDnnWeight
 
@@ -95,15 +96,15 @@ def test_a_gate_in_the_product_is_the_gate_after_it(panels: Panels, rows: int, w
     torch.manual_seed(rows + width)
     weight = PanelWeight(panels, torch.randn(2 * width, k).bfloat16())
     x, add = torch.randn(1, rows, k).bfloat16() * 3 / k**0.5, torch.randn(2 * width).bfloat16() if bias else None
-    if "amx_bf16" in cpu_name():
-        assert library is not None and PanelWeight(Panels(library), torch.zeros(2 * width, k).bfloat16()).gate_rows == 4
-    if weight.gate_rows and rows >= weight.gate_rows:
-        gate, up = weight.multiply(x, add).split(width, -1)
-        steps = load_library("steps")
-        assert steps is not None
-        assert torch.equal(weight.gated(x, add), Kernels(steps).silu_mul(gate, up))
+    ours, stage = torch.empty(1, rows, width).bfloat16(), weight.gated(add)
+    assert stage is not None
+    stage[1].x, stage[1].out, stage[1].rows, stage[1].stride = x.data_ptr(), ours.data_ptr(), rows, k
+    Run(panels.library, [stage])()
+    gate, up = weight.multiply(x, add).split(width, -1)
+    steps = load_library("steps")
+    assert steps is not None
+    assert torch.equal(ours, Kernels(steps).silu_mul(gate, up))
 
 
-def test_what_is_no_gate_is_not_done_in_the_product(panels: Panels) -> None:
-    for n, k in ((48, 64), (64, 48)):
-        assert PanelWeight(panels, torch.randn(n, k).bfloat16()).gate_rows == 0
+def test_a_half_that_ends_within_a_panel_is_not_done_in_the_product(panels: Panels) -> None:
+    assert PanelWeight(panels, torch.randn(48, 64).bfloat16()).gated(None) is None

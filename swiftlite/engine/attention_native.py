@@ -1,7 +1,7 @@
 """Paged attention by the C++ kernel (paged_attention.cpp): the same contract as attention_cpu.py, store included.
 
-A `NativeBatch` holds what all layers of a step share; `attend` is one library call. Tensors and `_Args` must describe the same
-memory: the kernel checks nothing.
+A `NativeBatch` holds what all layers of a step share; `attend` is one library call, and `stage` one of several in a call. Tensors and
+`_Args` must describe the same memory: the kernel checks nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.kv import AttentionLayer, KVCache
+from swiftlite.kernels.stages import Run
 
 
 class _Args(ctypes.Structure):
@@ -29,8 +30,7 @@ class _Args(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 *("tokens", "num_sequences", "heads", "kv_heads", "key_dim", "value_dim"),
-                *("block_size", "window", "is_bf16", "threads"),
-                "norm_kind",
+                *("block_size", "window", "is_bf16", "norm_kind"),
             )
         ),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "eps")),
@@ -51,7 +51,7 @@ class NativeBatch:
     """One step's pages for the kernel."""
 
     def __init__(self, library: ctypes.CDLL, cache: KVCache, slots: Tensor, sequences: Sequence[SequenceSlice]) -> None:
-        self.function, self.cache, self.slots = library.swift_paged_attention, cache, slots
+        self.cache, self.slots = cache, slots
         meta: list[int] = []
         offset = 0
         size = cache.block_size
@@ -72,9 +72,9 @@ class NativeBatch:
             num_sequences=len(sequences),
             block_size=size,
             is_bf16=cache.dtype == torch.bfloat16,
-            threads=torch.get_num_threads(),
         )
-        self.pointer = ctypes.byref(self.args)
+        self.stage = library.swift_paged_attention, self.args
+        self.run = Run(library, [self.stage])
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [H, T, Dk], k [G, T, Dk], v [G, T, Dv], new tokens -> [T, H, Dv]; K and V are stored first."""
@@ -89,7 +89,8 @@ class NativeBatch:
         args.q_head, args.q_token = q.stride(0), q.stride(1)
         args.k_head, args.k_token = k.stride(0), k.stride(1)
         args.v_head, args.v_token = v.stride(0), v.stride(1)
-        self._run(layer)
+        self._at(layer)
+        self.run()
         return out
 
     def attend_raw(
@@ -103,22 +104,27 @@ class NativeBatch:
         shape = (1, q.shape[1], layer.heads * layer.value_dim)
         out = q.new_empty(shape) if self.covered else q.new_zeros(shape)
         rotated = torch.empty(q.shape, dtype=q.dtype)
+        self.prepare_raw(layer, cos, sin, norms)
         args = self.args
-        args.cos, args.sin, args.rotated = cos.data_ptr(), sin.data_ptr(), rotated.data_ptr()
+        args.out, args.q, args.k, args.v, args.rotated = (x.data_ptr() for x in (out, q, k, v, rotated))
+        args.q_token, args.k_token, args.v_token = q.stride(1), k.stride(1), v.stride(1)
+        self.run()
+        return out
+
+    def prepare_raw(self, layer: AttentionLayer, cos: Tensor, sin: Tensor, norms: HeadNorms | None) -> None:
+        """All of `args` for `attend_raw`'s work but where q, k, v, out and the rotated q lie, and how far their rows."""
+        args = self.args
+        args.cos, args.sin = cos.data_ptr(), sin.data_ptr()
         if norms is None:
             args.q_norm = args.k_norm = None
         else:
             args.q_norm, args.k_norm, args.eps, args.norm_kind = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.kind
-        args.out, args.q, args.k, args.v = out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr()
-        args.q_head, args.q_token = layer.head_dim, q.stride(1)
-        args.k_head, args.k_token = layer.head_dim, k.stride(1)
-        args.v_head, args.v_token = layer.value_dim, v.stride(1)
-        self._run(layer)
-        return out
+        args.q_head = args.k_head = layer.head_dim
+        args.v_head = layer.value_dim
+        self._at(layer)
 
-    def _run(self, layer: AttentionLayer) -> None:
+    def _at(self, layer: AttentionLayer) -> None:
         args = self.args
         args.keys, args.values = self.cache.keys[layer.index].data_ptr(), self.cache.values[layer.index].data_ptr()
         args.heads, args.kv_heads, args.key_dim, args.value_dim = layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim
         args.window, args.scale, args.softcap = layer.window or 0, layer.scale, layer.softcap or 0.0
-        self.function(self.pointer)

@@ -8,12 +8,13 @@ weight: the same memory, slower. The kernels check nothing: addresses and sizes 
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from swiftlite.kernels.stages import Run
 from swiftlite.models.packed import Pack, PackedWeight, join_rows
 from swiftlite.pages import zeros
 from swiftlite.quantize.rounding import round_to_nearest
@@ -22,15 +23,24 @@ PIECE = 1024  # outputs that are quantized, or dequantized, at a time
 FEW_ROWS = 32  # up to here the kernel is faster than GEMM on dequantized pieces, where it cannot be at the units' speed
 
 
+class Product(ctypes.Structure):
+    """struct Int8Product of int8.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "x", "w", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "stride", "n", "k")),
+        ("is_bf16", ctypes.c_int32),
+    )
+
+
 class Kernels:
     """The functions of int8.cpp with their signatures."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self.pack, self.unpack, self.linear = library.swift_int8_pack, library.swift_int8_unpack, library.swift_int8_linear
+        self.library, self.pack, self.unpack = library, library.swift_int8_pack, library.swift_int8_unpack
         self.pack.argtypes = [pointer, pointer, long, long, integer]
         self.unpack.argtypes = [pointer, pointer, long, long, long, integer]
-        self.linear.argtypes = [integer, pointer, pointer, pointer, pointer, pointer, long, long, long, long, integer]
         self.quantize = library.swift_int8_quantize
         self.quantize.argtypes = [integer, pointer, pointer, pointer, long, long, integer]
         self.many = library.swift_int8_many
@@ -85,6 +95,13 @@ class PanelInt8:
         self.data = zeros(-(-n // 32) * 32 * k, dtype=torch.int8)
         self.scale = torch.empty(n)
         self.addresses = self.data.data_ptr(), self.scale.data_ptr()
+        function, self.product = self.stage(None)
+        self.run = Run(kernels.library, [(function, self.product)])
+
+    @property
+    def many(self) -> bool:
+        """Whether products of any number of bfloat16 rows are the kernel's here."""
+        return bool(self.kernels.many(True))
 
     def put(self, first: int, q: Tensor, scale: Tensor) -> None:
         """Rows from `first` on: q [rows, in], scale [rows]. `first` is a multiple of PIECE."""
@@ -113,12 +130,17 @@ class PanelInt8:
         if rows > FEW_ROWS and not self.kernels.many(narrow):
             return multiply_pieces(x, self, self.scale, bias)
         out = torch.empty(*x.shape[:-1], self.n, dtype=x.dtype)
-        weight, scale = self.addresses
-        self.kernels.linear(
-            narrow, out.data_ptr(), x.data_ptr(), weight, scale, None if bias is None else bias.data_ptr(), rows, stride, self.n, self.k,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        product = self.product
+        product.out, product.x, product.bias = out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr()
+        product.rows, product.stride, product.is_bf16 = rows, stride, narrow
+        self.run()
         return out
+
+    def stage(self, bias: Tensor | None) -> tuple[Any, Product]:
+        """The product of bfloat16 rows as a stage: out, x, rows and stride are for the caller to fill in."""
+        weight, scale = self.addresses
+        add = None if bias is None else bias.data_ptr()
+        return self.kernels.library.swift_int8_linear, Product(w=weight, scale=scale, n=self.n, k=self.k, bias=add, is_bf16=True)
 
     def to_dense(self) -> Tensor:
         return self.rows(0, self.n) * self.scale[:, None]

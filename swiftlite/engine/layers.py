@@ -1,9 +1,9 @@
-"""A whole pre-norm decoder layer in few calls: norm, projections, head norms + rotation + attention, add + norm, gate, add.
+"""A whole pre-norm decoder layer in few calls, or in one: norm, projections, head norms + rotation + attention, add + norm, gate, add.
 
-At small batches a step is the reading of the weights plus the overhead of hundreds of small calls; this halves the calls. A layer
-qualifies by its parts (all of them already replaced by checked kernels), and all layers together are then held against the stock
-forward on a few tokens spread over the whole context, with a cache of their own; one difference and every layer gets its own forward
-back. The linears stay modules that are called one by one, so adapters, packing and fusion work as before.
+At small batches a step is the reading of the weights plus the overhead of hundreds of small calls. A layer qualifies by its parts (all of
+them already replaced by checked kernels), and all layers together are then held against the stock forward on a few tokens spread over
+the whole context, with a cache of their own; one difference and every layer gets its own forward back. Where its linears can be stages,
+a layer is one call (staged.py); else they stay modules that are called one by one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.attention_native import HeadNorms
 from swiftlite.engine.bridge import Bridge, ForwardBatch, Pages
 from swiftlite.engine.kv import AttentionLayer, KVCache
-from swiftlite.engine.panels import PanelWeight
-from swiftlite.kernels.steps import Kernels
+from swiftlite.engine.staged import Linears, Room, StagedLayer
 from swiftlite.models.fused import Fused
-from swiftlite.models.packed import FusedPart, PackedLinear
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -31,11 +29,11 @@ def fuse_layers(bridge: Bridge, fused: Fused) -> int:
     """Give every layer that qualifies the fused forward; returns how many have it (0 when the check fails)."""
     if not fused.ropes:
         return 0
-    before = _trial(bridge)
+    before, room = _trial(bridge), Room()
     replaced: list[tuple[nn.Module, Any]] = []
     for module in list(bridge.model.modules()):
         if {name for name, _ in module.named_children()} == PARTS:
-            forward = _layer_forward(module, bridge, fused)
+            forward = _layer_forward(module, bridge, fused, room)
             if forward is not None:
                 replaced.append((module, vars(module).get("forward")))
                 module.forward = forward  # type: ignore[method-assign]
@@ -65,7 +63,7 @@ def _trial(bridge: Bridge) -> Tensor:
     return bridge.forward(ForwardBatch(ids, positions, slots, [SequenceSlice(0, 7, 0, [0])], slots), cache).float()
 
 
-def _layer_forward(module: nn.Module, bridge: Bridge, fused: Fused) -> Callable[..., Any] | None:
+def _layer_forward(module: nn.Module, bridge: Bridge, fused: Fused, room: Room) -> Callable[..., Any] | None:
     """The fused forward of a decoder layer, or None when its parts are not what it needs."""
     attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
     first, second = (
@@ -85,40 +83,25 @@ def _layer_forward(module: nn.Module, bridge: Bridge, fused: Fused) -> Callable[
         heads = HeadNorms(q.weight, k.weight, q.eps, q.kind)
     stock = module.forward
     q_proj, k_proj, v_proj, o_proj = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    down_proj, gate = mlp.get_submodule("down_proj"), _gate(mlp, fused.kernels)
-    kernels = fused.kernels
+    gate_proj, up_proj, down_proj = (mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+    kernels, staged = fused.kernels, None
+    linears = Linears.of((q_proj, k_proj, v_proj, o_proj), (gate_proj, up_proj, down_proj))
+    if linears is not None and bridge.library is not None:
+        staged = StagedLayer(bridge.library, layer, (first, second), heads, linears, room)
 
     def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, swift_pages: Any = None, **kwargs: Any) -> Any:
         native = swift_pages.native if type(swift_pages) is Pages else None
         if native is None or args or hidden_states.shape[0] != 1 or not _whole(position_embeddings, layer):
             return stock(hidden_states, *args, position_embeddings=position_embeddings, swift_pages=swift_pages, **kwargs)
         cos, sin = position_embeddings
+        if staged is not None and (out := staged.forward(hidden_states, cos, sin, native)) is not None:
+            return out
         x = kernels.rms_norm(hidden_states, first.weight, first.eps, first.kind)
         # `forward`, not the module's call: there are no hooks on these, and an adapter's tap sits on `forward`
         q, k, v = q_proj.forward(x), k_proj.forward(x), v_proj.forward(x)
         mixed = native.attend_raw(layer, q, k, v, cos, sin, heads)
         hidden_states, x = kernels.add_norm(hidden_states, o_proj.forward(mixed), second)
-        return hidden_states + down_proj.forward(gate(x))
-
-    return forward
-
-
-def _gate(mlp: nn.Module, kernels: Kernels) -> Callable[[Tensor], Tensor]:
-    """silu(gate_proj(x)) * up_proj(x): in the product itself where the two are one and no adapter adds to it now."""
-    gate_proj, up_proj = mlp.get_submodule("gate_proj"), mlp.get_submodule("up_proj")
-    joined: PackedLinear | None = None
-    rows = 0
-    if isinstance(gate_proj, FusedPart) and isinstance(up_proj, FusedPart) and gate_proj.fused is up_proj.fused:
-        fused = gate_proj.fused
-        if isinstance(fused.product.packed, PanelWeight) and fused.widths == [fused.widths[0]] * 2 and gate_proj.index == 0:
-            rows = fused.product.packed.gate_rows
-            joined = fused.product if rows else None
-
-    def forward(x: Tensor) -> Tensor:
-        if joined is not None and x.shape[-2] >= rows and "forward" not in vars(joined):
-            assert isinstance(joined.packed, PanelWeight)
-            return joined.packed.gated(x, joined.bias)
-        return kernels.silu_mul(gate_proj.forward(x), up_proj.forward(x))
+        return hidden_states + down_proj.forward(kernels.silu_mul(gate_proj.forward(x), up_proj.forward(x)))
 
     return forward
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from swiftlite.adapters.digest import LANES
 from swiftlite.engine.lora_ops import Segment, Stack
 from swiftlite.engine.panels import PanelWeight
+from swiftlite.kernels.stages import Run
 
 MANY_ROWS = 16  # a segment of more rows is cut into larger pieces of work
 
@@ -26,8 +28,7 @@ class _Args(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("segments", "outs", "x", "y", "h")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "h_stride", "entry")),
-        ("base", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("num_segments", "width", "first_part", "end_part", "shrink", "is_bf16", "threads", "wide")),
+        *((name, ctypes.c_int32) for name in ("num_segments", "width", "first_part", "end_part", "shrink", "is_bf16", "wide")),
     )
 
 
@@ -47,7 +48,7 @@ class NativeLora:
     """The kernel for one model, whose groups of linears have these (input width, output widths)."""
 
     def __init__(self, library: ctypes.CDLL, groups: Sequence[tuple[int, tuple[int, ...]]]) -> None:
-        self.function, self.pack_function = library.swift_lora, library.swift_lora_pack
+        self.library, self.pack_function = library, library.swift_lora_pack
         self.pack_function.restype = ctypes.c_int32
         self.digest_function = library.swift_digest
         self.digest_function.argtypes, self.digest_function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p), None
@@ -112,41 +113,46 @@ class NativeJob:
         self.dtype, self.itemsize = stack.rows.dtype, stack.rows.element_size()
         # one element more: the kernel reads ranks in pairs
         self.scratch = torch.empty(first * max(self.columns) + 1, dtype=self.dtype)
-        self.args = _Args(
-            segments=self.segments.data_ptr(),
-            num_segments=len(rows) // 3,
-            is_bf16=self.dtype == torch.bfloat16,
-            threads=torch.get_num_threads(),
-            wide=longest > MANY_ROWS,
-        )
-        self.pointer = ctypes.byref(self.args)
+        self._common = {
+            "segments": self.segments.data_ptr(), "num_segments": len(rows) // 3, "is_bf16": self.dtype == torch.bfloat16,
+            "wide": longest > MANY_ROWS,
+        }  # fmt: skip
 
     def adapts(self, group: int, part: int | None = None) -> bool:
         return self.columns[group] > 0 if part is None else self.adapted[group][part]
 
-    def multiply(
-        self, weight: PanelWeight, bias: Tensor | None, group: int, first: int, end: int, x: Tensor, h: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The base's product [1, T, out] of x [1, T, in] with the adapters' added, in one call; and h. No segment's rows go beyond T."""
-        x, y = weight.prepare(x, bias)
-        self.args.base = weight.address
-        h = self.add(group, first, end, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), h)
-        self.args.base = None
-        return y, h
-
-    def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:
-        args, owner = self.args, self.owner
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        args.shrink = h is None
-        if h is None:
-            if end - first == len(owner.starts[group]):
-                h = self.scratch  # nobody asks for it again
-            else:
-                h = torch.empty(x.shape[0] * self.columns[group] + 1, dtype=self.dtype)
-        args.x, args.y, args.h = x.data_ptr(), y.data_ptr() - owner.starts[group][first] * self.itemsize, h.data_ptr()
-        args.x_stride, args.y_stride, args.h_stride = x.stride(0), y.stride(0), self.columns[group]
+    def stage(self, group: int, first: int, end: int, h: Tensor | None = None) -> tuple[Any, _Args]:
+        """Adding to parts `first` to `end` of a group as a stage: x, y (of the group's first part) and their strides are for the caller
+        to fill in. With `h` the A product is there already; else all parts' goes to the scratch memory."""
+        args, owner = _Args(**self._common), self.owner
+        args.shrink, args.h, args.h_stride = h is None, (self.scratch if h is None else h).data_ptr(), self.columns[group]
         args.outs, args.entry, args.width = owner.outs_at[group], group * (2 + 3 * owner.parts), owner.widths[group]
         args.first_part, args.end_part = first, end
-        self.owner.function(self.pointer)
+        return owner.library.swift_lora, args
+
+    def multiply(self, weight: PanelWeight, bias: Tensor | None, group: int, first: int, end: int, x: Tensor) -> Tensor:
+        """The base's product [1, T, out] of x [1, T, in] with the adapters' added, in one call. No segment's rows go beyond T."""
+        x, y = weight.prepare(x, bias)
+        adding = self._adding(group, first, end, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), None)
+        Run(self.owner.library, [(self.owner.library.swift_linear, weight.product), adding])()
+        return y
+
+    def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:
+        fresh = h is None
+        if h is None and end - first == len(self.owner.starts[group]):
+            h = self.scratch  # nobody asks for it again
+        elif h is None:
+            h = torch.empty(x.shape[0] * self.columns[group] + 1, dtype=self.dtype)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        function, args = self._adding(group, first, end, x, y, None if fresh else h)
+        args.h = h.data_ptr()
+        Run(self.owner.library, [(function, args)])()
         return h
+
+    def _adding(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> tuple[Any, _Args]:
+        """`stage` for rows x [T, in], with unit stride in a row, and results y [T, outs of the parts]."""
+        function, args = self.stage(group, first, end, h)
+        args.x, args.y = x.data_ptr(), y.data_ptr() - self.owner.starts[group][first] * self.itemsize
+        args.x_stride, args.y_stride = x.stride(0), y.stride(0)
+        return function, args

@@ -49,11 +49,9 @@ class Group:
 class Tap:
     """Stands in for a module's `forward`."""
 
-    def __init__(
-        self, module: nn.Module, apply: Callable[[Tensor, Tensor], None], join: Callable[[Tensor], Tensor | None] | None = None
-    ) -> None:
-        """`apply(x, y)` changes the stock result y in place; `join(x)` makes the changed result at once where it can, else None."""
-        self.module, self.apply, self.join = module, apply, join
+    def __init__(self, module: nn.Module, apply: Callable[[Tensor, Tensor], None], linear: _Whole | _Part | None = None) -> None:
+        """`apply(x, y)` changes the stock result y in place; `linear` is what does so where the module is one."""
+        self.module, self.apply, self.linear = module, apply, linear
         self.stock: Callable[[Tensor], Tensor] = module.forward
         self.own: Callable[[Tensor], Tensor] | None = None  # a forward that the module had on the instance
 
@@ -69,7 +67,7 @@ class Tap:
             self.module.__dict__["forward"] = self.own
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.join is not None and (joined := self.join(x)) is not None:
+        if self.linear is not None and (joined := self.linear.join(x)) is not None:
             return joined
         y = self.stock(x)
         self.apply(x, y)
@@ -123,10 +121,10 @@ class Layers:
             if whole is not None:
                 fused[id(whole)] = group
                 every = _Whole(self, group, whole)
-                self._taps.append(Tap(whole.product, every, every.join))
+                self._taps.append(Tap(whole.product, every, every))
             else:
                 some = [_Part(self, group, i, found[part]) for i, part in enumerate(parts)]
-                self._taps += [Tap(one.linear, one, one.join) for one in some]
+                self._taps += [Tap(one.linear, one, one) for one in some]
 
     @staticmethod
     def _siblings(name: str, found: dict[str, nn.Linear]) -> list[str]:
@@ -207,7 +205,7 @@ class _Whole:
         if job is None or not isinstance(weight, PanelWeight) or not job.adapts(group.index):
             return None
         self.layers.check_rows(x.numel() // x.shape[-1], group)
-        return job.multiply(weight, self.linear.bias, group.index, 0, len(group.parts), x, None)[0]
+        return job.multiply(weight, self.linear.bias, group.index, 0, len(group.parts), x)
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         layers, group = self.layers, self.group
@@ -233,7 +231,7 @@ class _Part:
         if not job.adapts(group.index):
             return None
         self.layers.check_rows(x.numel() // x.shape[-1], group)
-        return job.multiply(linear.packed, linear.bias, group.index, 0, 1, x, None)[0]
+        return job.multiply(linear.packed, linear.bias, group.index, 0, 1, x)
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         layers, group, part = self.layers, self.group, self.part

@@ -7,10 +7,12 @@ The kernel checks nothing: addresses and sizes must describe the tensors.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from swiftlite.kernels.stages import Run
 from swiftlite.models.packed import OneDnnWeight, Pack, PackedWeight, join_rows
 from swiftlite.pages import zeros
 
@@ -31,15 +33,10 @@ class Panels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self.size, self.pack, self.linear, self.unpack = (
-            library.swift_packed_size, library.swift_pack, library.swift_linear, library.swift_unpack
-        )  # fmt: skip
-        self.gated, self.gate_rows = library.swift_gated, library.swift_gate_rows
-        self.gated.argtypes = [pointer, integer]
-        self.gate_rows.argtypes, self.gate_rows.restype = [long, long], long
+        self.library = library
+        self.size, self.pack, self.unpack = library.swift_packed_size, library.swift_pack, library.swift_unpack
         self.size.argtypes, self.size.restype = [long, long], long
         self.pack.argtypes = self.unpack.argtypes = [pointer, pointer, long, long, integer]
-        self.linear.argtypes = [pointer, integer]
 
 
 class PanelWeight:
@@ -55,16 +52,25 @@ class PanelWeight:
             plain = weight.detach().contiguous()
             panels.pack(place, plain.data_ptr(), len(plain), self.k, torch.get_num_threads())
             place += plain.nbytes
-        self.product = Product(w=self.data.data_ptr(), n=self.n, k=self.k)
-        self.address = ctypes.addressof(self.product)
+        function, self.product = self.stage(None)
+        self.run = Run(panels.library, [(function, self.product)])
 
-    def prepare(self, x: Tensor, bias: Tensor | None, width: int = 0) -> tuple[Tensor, Tensor]:
-        """Fill in `product` for x [..., T, in]. Returns x, with rows evenly spaced, and the result's memory [..., T, out or `width`]."""
+    def stage(self, bias: Tensor | None) -> tuple[Any, Product]:
+        """The product as a stage: out, x, rows and stride are for the caller to fill in."""
+        product = Product(w=self.data.data_ptr(), n=self.n, k=self.k, bias=None if bias is None else bias.data_ptr())
+        return self.panels.library.swift_linear, product
+
+    def gated(self, bias: Tensor | None) -> tuple[Any, Product] | None:
+        """The same for silu(gate) * up [T, out / 2] of a weight that is the gate's and, behind it, up's; None: there is none for it."""
+        return None if self.n % (2 * PANEL) else (self.panels.library.swift_gated, self.stage(bias)[1])
+
+    def prepare(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Fill in `product` for x [..., T, in]. Returns x, with rows evenly spaced, and the result's memory [..., T, out]."""
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.k
         alone = x.ndim == 2 or x.shape[:-2].numel() == 1
         if x.stride(-1) != 1 or not alone:
             x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], width or self.n, dtype=torch.bfloat16)
+        out = torch.empty(*x.shape[:-1], self.n, dtype=torch.bfloat16)
         product = self.product
         product.out, product.x, product.bias = out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr()
         product.rows, product.stride = (x.shape[-2], x.stride(-2)) if alone else (x.numel() // self.k, self.k)
@@ -72,18 +78,7 @@ class PanelWeight:
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x, out = self.prepare(x, bias)  # x lives until the kernel is done
-        self.panels.linear(self.address, torch.get_num_threads())
-        return out
-
-    @property
-    def gate_rows(self) -> int:
-        """Rows that `gated` needs at least; 0: there is no such product for this weight on this machine."""
-        return self.panels.gate_rows(self.n, self.k)
-
-    def gated(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """silu(gate) * up [.., T, out / 2] of a weight that is the gate's and, behind it, up's, for `gate_rows` rows or more."""
-        x, out = self.prepare(x, bias, self.n // 2)
-        self.panels.gated(self.address, torch.get_num_threads())
+        self.run()
         return out
 
     def to_dense(self) -> Tensor:

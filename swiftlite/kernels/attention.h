@@ -20,7 +20,7 @@ struct Args {
     const void *q_norm, *k_norm;  // [Dk], or nullptr: no norm
     void* rotated;
     int64_t q_token, q_head, k_token, k_head, v_token, v_head;
-    int32_t tokens, num_sequences, heads, kv_heads, key_dim, value_dim, block_size, window, is_bf16, threads;  // window 0: none
+    int32_t tokens, num_sequences, heads, kv_heads, key_dim, value_dim, block_size, window, is_bf16;  // window 0: none
     int32_t norm_kind;
     float scale, softcap, eps;  // softcap 0: none
 };

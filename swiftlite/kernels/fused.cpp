@@ -21,12 +21,8 @@ template <class T>
 void add_norm(T* out, T* total, const T* a, const T* b, const T* w, int64_t rows, int dim, float eps, int kind, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > 32768)
     for (int64_t row = 0; row < rows; row++) {
-        const T *x = a + row * dim, *y = b + row * dim;
-        T* to = total + row * dim;
-        int d = 0;
-        for (; d + 16 <= dim; d += 16) store(to + d, load(x + d) + load(y + d));
-        for (; d < dim; d++) put(to + d, to_float(x[d]) + to_float(y[d]));
-        norm_row(out + row * dim, to, w, dim, eps, kind);
+        add_row(total + row * dim, a + row * dim, b + row * dim, dim);
+        norm_row(out + row * dim, total + row * dim, w, dim, eps, kind);
     }
 }
 
@@ -36,18 +32,8 @@ void silu_mul(T* out, const T* gate, const T* up, int64_t rows, int64_t gate_str
     const int64_t pieces = (dim + 1023) / 1024;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > 16384)
     for (int64_t i = 0; i < rows * pieces; i++) {
-        const int64_t row = i / pieces;
-        int d = i % pieces * 1024;
-        const int end = d + 1024 < dim ? d + 1024 : dim;
-        const T *g = gate + row * gate_stride, *u = up + row * up_stride;
-        T* to = out + row * dim;
-        for (; d + 16 <= end; d += 16) {
-            gated(to + d, load(g + d), load(u + d));
-        }
-        for (; d < end; d++) {
-            float x = to_float(g[d]);
-            put(to + d, rounded1(x / (1.0f + std::exp(-x)), to) * to_float(u[d]));
-        }
+        const int64_t row = i / pieces, from = i % pieces * 1024;
+        gate_row(out + row * dim + from, gate + row * gate_stride + from, up + row * up_stride + from, (int)(dim - from < 1024 ? dim - from : 1024));
     }
 }
 

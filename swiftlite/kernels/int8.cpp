@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "stage.h"
 
 namespace {
 
@@ -59,25 +60,44 @@ INLINE void tile_any(T* out, int64_t n, const float* x, int64_t stride, const in
     }
 }
 
+// out [rows][n] contiguous, x rows `stride` elements apart, scale [n], bias [n] or null
+struct Int8Product {
+    void* out;
+    const void* x;
+    const int8_t* w;
+    const float* scale;
+    const void* bias;
+    int64_t rows, stride, n, k;
+    int32_t is_bf16;
+
+    int64_t panels() const { return (n + WIDTH - 1) / WIDTH; }
+};
+
 template <class T>
-void linear_any(T* out, const T* x, const int8_t* w, const float* scale, const T* bias, int64_t rows, int64_t stride, int64_t n, int64_t k,
-                int threads) {
-    std::vector<float> wide(rows * k);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < k; i++) wide[r * k + i] = to_float(x[r * stride + i]);
-    const int64_t panels = (n + WIDTH - 1) / WIDTH;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t panel = 0; panel < panels; panel++) {
-        const int width = n - panel * WIDTH < WIDTH ? n - panel * WIDTH : WIDTH;
-        const int8_t* from = w + panel * WIDTH * k;
-        const float* s = scale + panel * WIDTH;
-        const T* b = bias ? bias + panel * WIDTH : nullptr;
-        T* to = out + panel * WIDTH;
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) tile_any<4, 1>(to + r * n, n, wide.data() + r * k, k, from, s, b, width, k);
-        for (; r < rows; r++) tile_any<1, 4>(to + r * n, n, wide.data() + r * k, k, from, s, b, width, k);
+class AnyProduct : public Work {
+   public:
+    explicit AnyProduct(const Int8Product& product) : p(product), wide(p.rows * p.k) {}
+
+    void run(const Team& team) override {
+        for (int64_t r = team.first(p.rows); r < team.end(p.rows); r++)
+            for (int64_t i = 0; i < p.k; i++) wide[r * p.k + i] = to_float(((const T*)p.x)[r * p.stride + i]);
+        team.wait();
+        for (int64_t panel = team.first(p.panels()); panel < team.end(p.panels()); panel++) {
+            const int64_t width = std::min(p.n - panel * WIDTH, (int64_t)WIDTH);
+            const int8_t* from = p.w + panel * WIDTH * p.k;
+            const float* s = p.scale + panel * WIDTH;
+            const T* b = p.bias ? (const T*)p.bias + panel * WIDTH : nullptr;
+            T* to = (T*)p.out + panel * WIDTH;
+            int64_t r = 0;
+            for (; r + 4 <= p.rows; r += 4) tile_any<4, 1>(to + r * p.n, p.n, wide.data() + r * p.k, p.k, from, s, b, width, p.k);
+            for (; r < p.rows; r++) tile_any<1, 4>(to + r * p.n, p.n, wide.data() + r * p.k, p.k, from, s, b, width, p.k);
+        }
     }
-}
+
+   private:
+    const Int8Product p;
+    std::vector<float> wide;
+};
 
 // One row, rounded to nearest: its bytes, in order; the scale is of type T, as in rounding.py.
 template <class T>
@@ -214,7 +234,7 @@ using Int8Tile = void (*)(bf16*, int64_t, const bf16*, int64_t, const float*, co
     {nullptr, tile<1, s>, tile<2, s>, tile<3, s>, tile<4, s>, tile<5, s>, tile<6, s>, tile<7, s>, tile<8, s>, tile<9, s>, tile<10, s>, tile<11, s>, tile<12, s>}
 const Int8Tile INT8_TILES[3][PANEL_ROWS + 1] = {TILES_FROM(FRESH), TILES_FROM(FRESH_AND_KEPT), TILES_FROM(KEPT)};
 
-struct Int8Product {
+struct NarrowProduct {
     bf16* out;
     const bf16* x;
     const int8_t* w;
@@ -227,7 +247,7 @@ struct Int8Product {
     Outputs outputs(int64_t panel) const { return Outputs(scale + panel * WIDTH, bias ? bias + panel * WIDTH : nullptr, n - panel * WIDTH); }
 };
 
-void multiply_int8(const Int8Product& p, bf16* kept, int index, int count) {
+void multiply_int8(const NarrowProduct& p, bf16* kept, int index, int count) {
     int64_t most = INT8_RESIDENT / p.k / PANEL_ROWS * PANEL_ROWS;
     if (most < PANEL_ROWS * 4) most = PANEL_ROWS * 4;  // each group of rows converts the panels anew
     const int64_t panels = p.panels(), groups = (p.rows + most - 1) / most, total = groups * panels;
@@ -250,7 +270,7 @@ void multiply_int8(const Int8Product& p, bf16* kept, int index, int count) {
 #ifdef SWIFT_AMX
 // While some inputs are multiplied, those to come are widened beside them into the ring `kept`: a few steps' for one block of rows, so
 // that they never leave the first-level cache, two panels' for more blocks, which all read them.
-void multiply_int8_by_unit(const Int8Product& p, bf16* kept, int index, int count) {
+void multiply_int8_by_unit(const NarrowProduct& p, bf16* kept, int index, int count) {
     const RowBlocks blocks(p.rows);
     const Tiles tiles = blocks.tiles();
     const Widening widened;
@@ -296,30 +316,28 @@ void multiply_int8_by_unit(const Int8Product& p, bf16* kept, int index, int coun
 }
 #endif
 
-void linear_bf16(bf16* out, const bf16* x, const int8_t* w, const float* scale, const bf16* bias, int64_t rows, int64_t stride, int64_t n,
-                 int64_t k, int threads) {
-    std::vector<float> sums(rows);
-    sum_rows(sums.data(), x, rows, stride, k);
-    const Int8Product product{out, x, w, scale, bias, rows, stride, n, k, sums.data()};
+class Narrow : public Work {
+   public:
+    explicit Narrow(const Int8Product& p)
+        : sums(p.rows),
+          product{(bf16*)p.out, (const bf16*)p.x, p.w, p.scale, (const bf16*)p.bias, p.rows, p.stride, p.n, p.k, sums.data()} {}
+
+    void run(const Team& team) override {
+        const int64_t first = team.first(product.rows);
+        sum_rows(sums.data() + first, product.x + first * product.stride, team.end(product.rows) - first, product.stride, product.k);
+        team.wait();
+        static thread_local std::vector<__m512i> memory;
 #ifdef SWIFT_AMX
-    const bool by_unit = rows >= UNIT_ROWS && k % DEPTH == 0 && amx_ready();
-#else
-    const bool by_unit = false;
+        if (product.rows >= UNIT_ROWS && product.k % DEPTH == 0 && amx_ready())
+            return multiply_int8_by_unit(product, kept<bf16>(memory, 2 * WIDTH * std::max(product.k, EARLY * DEPTH)), team.index, team.count);
 #endif
-#pragma omp parallel num_threads(threads)
-    {
-        static thread_local std::vector<__m512i> panel_memory;  // kept between calls: fresh memory costs a page fault for every 4 KB
-        const int64_t needed = by_unit ? 2 * std::max(k, EARLY * WIDTH) : rows > PANEL_ROWS ? k : 0;
-        if ((int64_t)panel_memory.size() < needed) panel_memory.resize(needed);
-        bf16* kept = (bf16*)panel_memory.data();
-#ifdef SWIFT_AMX
-        if (by_unit)
-            multiply_int8_by_unit(product, kept, omp_get_thread_num(), omp_get_num_threads());
-        else
-#endif
-            multiply_int8(product, kept, omp_get_thread_num(), omp_get_num_threads());
+        multiply_int8(product, kept<bf16>(memory, product.rows > PANEL_ROWS ? WIDTH * product.k : 0), team.index, team.count);
     }
-}
+
+   private:
+    std::vector<float> sums;
+    const NarrowProduct product;
+};
 #endif
 
 }  // namespace
@@ -365,15 +383,12 @@ void swift_int8_unpack(int8_t* out, const int8_t* w, int64_t first, int64_t end,
     }
 }
 
-// out [rows][n] contiguous, x rows `stride` elements apart, scale [n], bias [n] or null
-void swift_int8_linear(int is_bf16, void* out, const void* x, const int8_t* w, const float* scale, const void* bias, int64_t rows,
-                       int64_t stride, int64_t n, int64_t k, int threads) {
-    if (!is_bf16)
-        return linear_any((float*)out, (const float*)x, w, scale, (const float*)bias, rows, stride, n, k, threads);
+Work* swift_int8_linear(const Int8Product* product, int) {
+    if (!product->is_bf16) return new AnyProduct<float>(*product);
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)  // Cooper Lake has the first alone
-    linear_bf16((bf16*)out, (const bf16*)x, w, scale, (const bf16*)bias, rows, stride, n, k, threads);
+    return new Narrow(*product);
 #else
-    linear_any((bf16*)out, (const bf16*)x, w, scale, (const bf16*)bias, rows, stride, n, k, threads);
+    return new AnyProduct<bf16>(*product);
 #endif
 }
 }

@@ -1,13 +1,12 @@
-// Weights into panels and back, and the product alone (linear.h).
+// Weights into panels and back, the product alone (linear.h), and that of an MLP's gate.
 #include "linear.h"
+#include "stage.h"
 
 #ifdef __AVX512BF16__
-#include <omp.h>
-
 #include "steps.h"
 
-#ifdef SWIFT_AMX
 namespace {
+#ifdef SWIFT_AMX
 // What a block of rows gave with a panel of the gate and its panel of the other half; finished row by row beside the next block's
 // products, as the unit leaves the vectors idle.
 struct GatedBlock {
@@ -25,7 +24,6 @@ struct GatedBlock {
     }
 };
 
-// As multiply_by_unit, each panel of the gate with its panel of the other half: what both give never goes to memory.
 void gate_by_unit(const Product& p, int index, int count) {
     const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
     const RowBlocks blocks(p.rows);
@@ -61,8 +59,35 @@ void gate_by_unit(const Product& p, int index, int count) {
     GatedBlock& last = done[turn ^ 1];
     while (last.row < last.rows) last.finish_row();
 }
-}  // namespace
 #endif
+
+// Share `index` of `count` of silu(gate) * up, out [rows][n / 2], for a weight that is the gate's and, behind it, up's; rounded as if each
+// were stored. Each panel of the gate goes with its panel of the other half: what both give never goes to memory.
+void multiply_gate(const Product& p, int index, int count) {
+#ifdef SWIFT_AMX
+    if (by_unit(p)) return gate_by_unit(p, index, count);
+#endif
+    const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k;
+    const RowGroups groups(p);
+    for (int64_t unit = groups.count * panels * index / count; unit < groups.count * panels * (index + 1) / count; unit++) {
+        const int64_t group = unit / panels, panel = unit % panels, begin = groups.first(group), all = groups.first(group + 1) - begin;
+        const int64_t blocks = (all + PANEL_ROWS - 1) / PANEL_ROWS;
+        const bf16* half[3] = {p.w + panel * size, p.w + (panels + panel) * size, p.w + (panel + 1) * size};  // the last: what comes next
+        const bf16* bias = p.bias ? p.bias + panel * WIDTH : nullptr;
+        const Columns columns[2] = {{bias, WIDTH}, {bias ? bias + width : nullptr, WIDTH}};
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t row = begin + all * block / blocks, rows = begin + all * (block + 1) / blocks - row;
+            bf16 both[2][PANEL_ROWS * WIDTH];
+            for (int i = 0; i < 2; i++)
+                TILES[rows](both[i], WIDTH, p.x + row * p.stride, p.stride, half[i], columns[i], p.k,
+                            (const char*)half[i + 1] + size * 2 * block / blocks, 128 / blocks);
+            for (int64_t r = 0; r < rows; r++)
+                gate_row(p.out + (row + r) * width + panel * WIDTH, both[0] + r * WIDTH, both[1] + r * WIDTH, WIDTH);
+        }
+    }
+}
+
+}  // namespace
 
 extern "C" {
 // Elements of the packed weight; 0 where this build has no such product.
@@ -87,25 +112,12 @@ void swift_unpack(bf16* out, const bf16* w, int64_t n, int64_t k, int threads) {
     }
 }
 
-void swift_linear(const Product* product, int threads) {
-#pragma omp parallel num_threads(threads)
-    multiply(*product, omp_get_thread_num(), omp_get_num_threads());
+Work* swift_linear(const Product* product, int) {
+    return work([p = *product](const Team& team) { multiply(p, team.index, team.count); });
 }
 
-// The first half of the product's columns is a gate, out [rows][n / 2] = silu(gate) * the other half, rounded as if each were stored.
-void swift_gated(const Product* product, int threads) {
-#ifdef SWIFT_AMX
-#pragma omp parallel num_threads(threads)
-    gate_by_unit(*product, omp_get_thread_num(), omp_get_num_threads());
-#endif
-}
-
-// Rows from which on a weight [n][k] has that product; 0: it has none here.
-int64_t swift_gate_rows(int64_t n, int64_t k) {
-#ifdef SWIFT_AMX
-    if (k % DEPTH == 0 && n % (2 * WIDTH) == 0 && amx_ready()) return UNIT_ROWS;
-#endif
-    return 0;
+Work* swift_gated(const Product* product, int) {
+    return work([p = *product](const Team& team) { multiply_gate(p, team.index, team.count); });
 }
 }
 #else
@@ -113,8 +125,7 @@ extern "C" {
 int64_t swift_packed_size(int64_t, int64_t) { return 0; }
 void swift_pack(bf16*, const bf16*, int64_t, int64_t, int) {}
 void swift_unpack(bf16*, const bf16*, int64_t, int64_t, int) {}
-void swift_linear(const Product*, int) {}
-void swift_gated(const Product*, int) {}
-int64_t swift_gate_rows(int64_t, int64_t) { return 0; }
+Work* swift_linear(const Product*, int) { return nullptr; }
+Work* swift_gated(const Product*, int) { return nullptr; }
 }
 #endif

@@ -55,6 +55,8 @@ const Tile TILES[PANEL_ROWS + 1] = {nullptr,    tile_of<1>, tile_of<2>, tile_of<
                               tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
 
 #ifdef SWIFT_AMX
+inline bool by_unit(const Product& p) { return p.rows >= UNIT_ROWS && p.k % DEPTH == 0 && amx_ready(); }
+
 inline void multiply_by_unit(const Product& p, int index, int count) {
     const int64_t panels = (p.n + WIDTH - 1) / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
     const RowBlocks blocks(p.rows);
@@ -77,17 +79,25 @@ inline void multiply_by_unit(const Product& p, int index, int count) {
 }
 #endif
 
+// Rows in even groups that stay in the second-level cache while the panels pass.
+struct RowGroups {
+    int64_t rows, count;
+    explicit RowGroups(const Product& p) : rows(p.rows) {
+        const int64_t most = std::max(RESIDENT / p.k / PANEL_ROWS, (int64_t)1) * PANEL_ROWS;
+        count = (rows + most - 1) / most;
+    }
+    int64_t first(int64_t group) const { return rows * group / count; }
+};
+
 // Share `index` of `count` of a product: whole panels for a group of rows.
 inline void multiply(const Product& p, int index, int count) {
 #ifdef SWIFT_AMX
-    if (p.rows >= UNIT_ROWS && p.k % DEPTH == 0 && amx_ready()) return multiply_by_unit(p, index, count);
+    if (by_unit(p)) return multiply_by_unit(p, index, count);
 #endif
-    int64_t most = RESIDENT / p.k / PANEL_ROWS * PANEL_ROWS;
-    if (most < PANEL_ROWS) most = PANEL_ROWS;
-    const int64_t panels = (p.n + WIDTH - 1) / WIDTH, groups = (p.rows + most - 1) / most, total = groups * panels;
+    const RowGroups groups(p);
+    const int64_t panels = (p.n + WIDTH - 1) / WIDTH, total = groups.count * panels;
     for (int64_t unit = total * index / count; unit < total * (index + 1) / count; unit++) {
-        const int64_t group = unit / panels, panel = unit % panels;
-        const int64_t begin = p.rows * group / groups, end = p.rows * (group + 1) / groups;
+        const int64_t group = unit / panels, panel = unit % panels, begin = groups.first(group), end = groups.first(group + 1);
         const int64_t blocks = (end - begin + PANEL_ROWS - 1) / PANEL_ROWS;
         const bf16* from = p.w + panel * WIDTH * p.k;
         const char* ahead = (const char*)(panel + 1 < panels ? from + WIDTH * p.k : from);

@@ -1,14 +1,10 @@
-// Adapters of a batch on a CPU: y[row] += B (A x[row]) with each row's own A and B, all segments in one call, the base's product
-// y = x W^T included where its weight is in panels. A is [ranks of all parts, in], B is [rank, out] per part; both lie in a slot of a Stack
+// Adapters of a batch on a CPU: y[row] += B (A x[row]) with each row's own A and B, all segments in one stage. A is [ranks of all parts, in], B is [rank, out] per part; both lie in a slot of a Stack
 // (lora_ops.py). h, the A product, is rounded to the model's dtype; everything else is summed in fp32. lora_native.py calls.
 #include <atomic>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "linear.h"
+#include "stage.h"
+#include "vectors.h"
 
 namespace {
 
@@ -23,8 +19,7 @@ struct Args {
     void* y;
     void* h;
     int64_t x_stride, y_stride, h_stride, entry;  // entry: offset of the group in a table
-    const Product* base;  // what y is before, nullptr: it is there already
-    int32_t num_segments, width, first_part, end_part, shrink, is_bf16, threads, wide;
+    int32_t num_segments, width, first_part, end_part, shrink, is_bf16, wide;
 };
 
 // A slot's table holds for each group: A, the sum of ranks, then for each part B, its rank, its first column in h.
@@ -220,10 +215,10 @@ void expand(T* y, int64_t y_stride, const T* h, int64_t h_stride, const T* b, in
 }
 
 // Units of work, taken in pieces by whoever is free: a thread that comes late or is interrupted does not keep the others waiting.
-struct Work {
+struct Units {
     std::atomic<int64_t> next{0};
-    int64_t units, piece;
-    Work(int64_t count, int threads) : units(count), piece(count / (4 * threads) > 1 ? count / (4 * threads) : 1) {}
+    int64_t units = 0, piece = 1;
+    void set(int64_t count, int threads) { units = count, piece = count / (4 * threads) > 1 ? count / (4 * threads) : 1; }
     template <class Do>
     void run(Do&& one) {
         for (int64_t from; (from = next.fetch_add(piece)) < units;) {
@@ -236,69 +231,78 @@ struct Work {
 INLINE int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 template <class T>
-void run(const Args& args) {
-    const int n = args.num_segments;
-    const int row_block = args.wide ? ROW_BLOCK : 4;  // shrink: few rows a unit when there are few rows
-    std::vector<int64_t> shrinks(n + 1), expands(n + 1);
-    std::vector<int> pieces(n);  // of an expand's columns
-    for (int s = 0; s < n; s++) {
-        const Entry entry{(const int64_t*)args.segments[3 * s] + args.entry};
-        const int64_t rows = args.segments[3 * s + 2];
-        const bool wide = rows > 4;
-        shrinks[s + 1] = shrinks[s] + (args.shrink ? blocks(rows, row_block) * (wide ? 1 : blocks(entry.total(), 4)) : 0);
-        for (int p = args.first_part; p < args.end_part; p++)
-            if (entry.rank(p)) pieces[s] += (int)blocks(args.outs[2 * p + 1], COLUMNS);
-        expands[s + 1] = expands[s] + blocks(rows, ROW_BLOCK) * pieces[s];
+class Adapters : public Work {
+   public:
+    Adapters(const Args& all, int threads) : args(all), row_block(args.wide ? ROW_BLOCK : 4) {
+        const int n = args.num_segments;
+        shrinks.resize(n + 1), expands.resize(n + 1), pieces.resize(n);
+        for (int s = 0; s < n; s++) {
+            const Segment segment(args, s);
+            shrinks[s + 1] = shrinks[s] + (args.shrink ? blocks(segment.rows, row_block) * segment.pieces() : 0);
+            for (int p = args.first_part; p < args.end_part; p++)
+                if (segment.entry.rank(p)) pieces[s] += (int)blocks(args.outs[2 * p + 1], COLUMNS);
+            expands[s + 1] = expands[s] + blocks(segment.rows, ROW_BLOCK) * pieces[s];
+        }
+        first.set(shrinks[n], threads), second.set(expands[n], threads);
     }
-    Work first(shrinks[n], args.threads), second(expands[n], args.threads);
-    const auto worker = [&](int index, int count, auto&& barrier) {
-        if (args.base) multiply(*args.base, index, count);
+
+    void run(const Team& team) override {
         int s = 0;
         first.run([&](int64_t unit) {
             while (unit >= shrinks[s + 1]) s++;
-            const int64_t* segment = args.segments + 3 * s;
-            const Entry entry{(const int64_t*)segment[0] + args.entry};
-            const bool wide = segment[2] > 4;
-            const int64_t ranks = wide ? 1 : blocks(entry.total(), 4), local = unit - shrinks[s];
-            const int64_t row = segment[1] + local / ranks * row_block, end = segment[1] + segment[2];
-            const int rank = (int)(local % ranks) * 4, left = entry.total() - rank;
-            const int rows = (int)(end - row < row_block ? end - row : row_block);
-            shrink((T*)args.h + row * args.h_stride + rank, args.h_stride, (const T*)args.x + row * args.x_stride, args.x_stride,
-                   (const T*)entry.a() + (int64_t)rank * args.width, args.width, rows, wide || left < 4 ? left : 4);
+            shrink_unit(Segment(args, s), unit - shrinks[s]);
         });
-        barrier();
+        team.wait();
         s = 0;
         second.run([&](int64_t unit) {
             while (unit >= expands[s + 1]) s++;
-            const int64_t* segment = args.segments + 3 * s;
-            const Entry entry{(const int64_t*)segment[0] + args.entry};
-            const int64_t local = unit - expands[s], row = segment[1] + local / pieces[s] * ROW_BLOCK, end = segment[1] + segment[2];
-            int64_t piece = local % pieces[s];
-            int part = args.first_part;
-            for (;; part++) {
-                const int64_t count = entry.rank(part) ? blocks(args.outs[2 * part + 1], COLUMNS) : 0;
-                if (piece < count) break;
-                piece -= count;
-            }
-            const int64_t out = args.outs[2 * part + 1], column = piece * COLUMNS;
-            expand((T*)args.y + row * args.y_stride + args.outs[2 * part] + column, args.y_stride,
-                   (const T*)args.h + row * args.h_stride + entry.start(part), args.h_stride, (const T*)entry.b(part) + column, out,
-                   (int)(end - row < ROW_BLOCK ? end - row : ROW_BLOCK), (int)(out - column < COLUMNS ? out - column : COLUMNS),
-                   entry.rank(part));
+            expand_unit(Segment(args, s), unit - expands[s], pieces[s]);
         });
-    };
-#ifdef _OPENMP
-    if (args.threads > 1) {
-#pragma omp parallel num_threads(args.threads)
-        worker(omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-        });
-        return;
     }
-#endif
-    worker(0, 1, [] {});
-}
+
+   private:
+    struct Segment {
+        Entry entry;
+        int64_t first, rows;
+        Segment(const Args& args, int s)
+            : entry{(const int64_t*)args.segments[3 * s] + args.entry}, first(args.segments[3 * s + 1]), rows(args.segments[3 * s + 2]) {}
+        bool wide() const { return rows > 4; }
+        int64_t pieces() const { return wide() ? 1 : blocks(entry.total(), 4); }  // of the ranks
+    };
+    const Args args;
+    const int row_block;  // of a shrink: few rows a unit when there are few rows
+    std::vector<int64_t> shrinks, expands;
+    std::vector<int> pieces;  // of an expand's columns
+    Units first, second;
+
+    void shrink_unit(const Segment& segment, int64_t unit) const {
+        const int64_t ranks = segment.pieces(), row = segment.first + unit / ranks * row_block, end = segment.first + segment.rows;
+        const int rank = (int)(unit % ranks) * 4, left = segment.entry.total() - rank;
+        const int rows = (int)(end - row < row_block ? end - row : row_block);
+        shrink((T*)args.h + row * args.h_stride + rank, args.h_stride, (const T*)args.x + row * args.x_stride, args.x_stride,
+               (const T*)segment.entry.a() + (int64_t)rank * args.width, args.width, rows, segment.wide() || left < 4 ? left : 4);
+    }
+
+    void expand_unit(const Segment& segment, int64_t unit, int of) const {
+        const int64_t row = segment.first + unit / of * ROW_BLOCK, end = segment.first + segment.rows;
+        int64_t piece = unit % of;
+        int part = args.first_part;
+        for (;; part++) {
+            const int64_t count = segment.entry.rank(part) ? blocks(args.outs[2 * part + 1], COLUMNS) : 0;
+            if (piece < count) break;
+            piece -= count;
+        }
+        const int64_t out = args.outs[2 * part + 1], column = piece * COLUMNS;
+        expand((T*)args.y + row * args.y_stride + args.outs[2 * part] + column, args.y_stride,
+               (const T*)args.h + row * args.h_stride + segment.entry.start(part), args.h_stride, (const T*)segment.entry.b(part) + column, out,
+               (int)(end - row < ROW_BLOCK ? end - row : ROW_BLOCK), (int)(out - column < COLUMNS ? out - column : COLUMNS),
+               segment.entry.rank(part));
+    }
+};
 
 }  // namespace
 
-extern "C" void swift_lora(const Args* args) { args->is_bf16 ? run<bf16>(*args) : run<float>(*args); }
+extern "C" Work* swift_lora(const Args* args, int threads) {
+    if (args->is_bf16) return new Adapters<bf16>(*args, threads);
+    return new Adapters<float>(*args, threads);
+}

@@ -1,4 +1,4 @@
-// Paged attention on the CPU: store new K and V by slot, then attend through block tables. One call per layer and step.
+// Paged attention on the CPU: store new K and V by slot, then attend through block tables. One stage of a layer.
 //
 // Pools are [blocks, G, S, D] (see kv.py). A call takes any mix of sequences; work is cut into tasks that threads take in turn:
 //   rows    one query of one sequence and some KV heads, all query heads of each together: each K and V is read once (decode).
@@ -11,6 +11,7 @@
 
 #include "attention_rows.h"
 #include "attention_tiles.h"
+#include "stage.h"
 
 namespace {
 
@@ -24,11 +25,32 @@ INLINE void prepare_row(const Args& a, T* to, const T* from, const void* norm, i
 }
 
 template <class T>
-void attend(Args a) {
-    const T* raw_q = (const T*)a.q;
-    const int64_t raw_token = a.q_token, raw_head = a.q_head;
+class Attention : public Work {
+   public:
+    Attention(const Args& args, int threads);
+    void run(const Team& team) override;
+
+   private:
+    struct Merge {
+        size_t task;
+        int parts;
+    };
+    Args a;  // its q is what attention reads: the rotated one, where there is a rotation
+    const T* raw_q;
+    int64_t raw_token, raw_head;
+    Way way;
+    std::vector<Task> tasks;
+    std::vector<Merge> merges;
+    std::vector<float> workspace;
+    std::vector<uint32_t> order;  // of the tasks: the longest first
+    std::atomic<int64_t> taken{0};
+    void store_row(int64_t token, int64_t head) const;
+};
+
+template <class T>
+Attention<T>::Attention(const Args& args, int threads)
+    : a(args), raw_q((const T*)args.q), raw_token(args.q_token), raw_head(args.q_head), way(way_of(args, T())) {
     if (a.cos) a.q = a.rotated, a.q_token = (int64_t)a.heads * a.key_dim, a.q_head = a.key_dim;
-    const Way way = way_of(a, T());
     const int group = a.heads / a.kv_heads, few = 8, per_tile = std::max(1, rows_of(way) / group);
     int64_t cached = 0, queries = 0;
     for (int i = 0; i < a.num_sequences; i++) {
@@ -36,16 +58,10 @@ void attend(Args a) {
         if (s[1] < few) cached += (int64_t)s[1] * (s[2] + s[1]), queries += s[1];
     }
     // Four tasks for each thread: all heads of a query together where there are enough queries, else fewer heads, then fewer keys.
-    const int wanted = 4 * a.threads;
+    const int wanted = 4 * threads;
     int heads = a.kv_heads;
     while (heads > 1 && heads % 2 == 0 && queries * (a.kv_heads / heads) < wanted) heads /= 2;
     const int split = (int)std::max<int64_t>(256, (cached * (a.kv_heads / heads) / wanted + 15) & ~(int64_t)15);
-    std::vector<Task> tasks;
-    struct Merge {
-        size_t task;
-        int parts;
-    };
-    std::vector<Merge> merges;
     size_t partials = 0;
     for (int i = 0; i < a.num_sequences; i++) {
         const int32_t* s = a.sequences + 4 * i;
@@ -67,61 +83,57 @@ void attend(Args a) {
             }
         }
     }
-    std::vector<float> workspace(partials);
+    workspace.resize(partials);
     float* next = workspace.data();
     for (const Merge& m : merges)
         for (int part = 0; part < m.parts; part++, next += (size_t)tasks[m.task].heads * group * (a.value_dim + 2))
             tasks[m.task + part].partial = next;
-    std::vector<uint32_t> order(tasks.size());
+    order.resize(tasks.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = i;
     std::stable_sort(order.begin(), order.end(), [&](uint32_t x, uint32_t y) { return tasks[x].cost > tasks[y].cost; });
+}
 
-    const int64_t pairs = (int64_t)a.tokens * a.kv_heads, total = tasks.size(), joined = merges.size();
-    std::atomic<int64_t> taken{0};
-#pragma omp parallel num_threads(a.threads)
-    {
-        if (a.cos) {
-#pragma omp for schedule(static) nowait
-            for (int64_t i = 0; i < (int64_t)a.tokens * a.heads; i++) {
-                const int64_t token = i / a.heads, head = i % a.heads;
-                prepare_row(a, (T*)a.rotated + i * a.key_dim, raw_q + token * raw_token + head * raw_head, a.q_norm, token);
-            }
+template <class T>
+void Attention<T>::store_row(int64_t token, int64_t head) const {
+    const int64_t slot = a.slots[token];
+    if (slot < 0) return;
+    const int64_t row = (slot / a.block_size * a.kv_heads + head) * a.block_size + slot % a.block_size;
+    const T* k = (const T*)a.k + token * a.k_token + head * a.k_head;
+    if (a.cos)
+        prepare_row(a, (T*)a.keys + row * a.key_dim, k, a.k_norm, token);
+    else
+        memcpy((T*)a.keys + row * a.key_dim, k, a.key_dim * sizeof(T));
+    memcpy((T*)a.values + row * a.value_dim, (const T*)a.v + token * a.v_token + head * a.v_head, a.value_dim * sizeof(T));
+}
+
+template <class T>
+void Attention<T>::run(const Team& team) {
+    const int64_t rows = (int64_t)a.tokens * a.heads, pairs = (int64_t)a.tokens * a.kv_heads, total = tasks.size(), joined = merges.size();
+    if (a.cos)
+        for (int64_t i = team.first(rows); i < team.end(rows); i++) {
+            const int64_t token = i / a.heads, head = i % a.heads;
+            prepare_row(a, (T*)a.rotated + i * a.key_dim, raw_q + token * raw_token + head * raw_head, a.q_norm, token);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < pairs; i++) {
-            const int64_t token = i / a.kv_heads, head = i % a.kv_heads, slot = a.slots[token];
-            if (slot < 0) continue;
-            const int64_t row = (slot / a.block_size * a.kv_heads + head) * a.block_size + slot % a.block_size;
-            const T* k = (const T*)a.k + token * a.k_token + head * a.k_head;
-            if (a.cos)
-                prepare_row(a, (T*)a.keys + row * a.key_dim, k, a.k_norm, token);
-            else
-                memcpy((T*)a.keys + row * a.key_dim, k, a.key_dim * sizeof(T));
-            memcpy((T*)a.values + row * a.value_dim, (const T*)a.v + token * a.v_token + head * a.v_head, a.value_dim * sizeof(T));
-        }
-        static thread_local std::vector<float> scratch;
-        for (int64_t i; (i = taken.fetch_add(1)) < total;) {
-            const Task& task = tasks[order[i]];
-            if (task.count) {
-                tile_of(way, a, task, scratch, T());
-            } else {
-                const int64_t then = taken.load();  // unless another thread takes it before
-                row_of(a, task, then < total && !tasks[order[then]].count ? &tasks[order[then]] : nullptr, scratch, T());
-            }
-        }
-#pragma omp barrier
-        if (joined) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < joined; i++) merge<T>(a, tasks[merges[i].task], merges[i].parts);
+    for (int64_t i = team.first(pairs); i < team.end(pairs); i++) store_row(i / a.kv_heads, i % a.kv_heads);
+    team.wait();
+    static thread_local std::vector<float> scratch;
+    for (int64_t i; (i = taken.fetch_add(1)) < total;) {
+        const Task& task = tasks[order[i]];
+        if (task.count) {
+            tile_of(way, a, task, scratch, T());
+        } else {
+            const int64_t then = taken.load();  // unless another thread takes it before
+            row_of(a, task, then < total && !tasks[order[then]].count ? &tasks[order[then]] : nullptr, scratch, T());
         }
     }
+    if (!joined) return;
+    team.wait();
+    for (int64_t i = team.first(joined); i < team.end(joined); i++) merge<T>(a, tasks[merges[i].task], merges[i].parts);
 }
 
 }  // namespace
 
-extern "C" void swift_paged_attention(const Args* args) {
-    if (args->is_bf16)
-        attend<bf16>(*args);
-    else
-        attend<float>(*args);
+extern "C" Work* swift_paged_attention(const Args* args, int threads) {
+    if (args->is_bf16) return new Attention<bf16>(*args, threads);
+    return new Attention<float>(*args, threads);
 }

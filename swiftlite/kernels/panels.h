@@ -2,6 +2,8 @@
 // [n / 32][k / 2][32][2]. A panel is read as one stream, and its pairs are what both the vectors' and the matrix unit's product of
 // bfloat16 take.
 #pragma once
+#include <vector>
+
 #include "vectors.h"
 
 namespace {
@@ -10,6 +12,17 @@ constexpr int WIDTH = 32;  // outputs of a panel
 
 #ifdef __AVX512BF16__
 namespace {
+
+// `count` numbers in a thread's memory, which is kept between calls: fresh memory costs a page fault for every 4 KB.
+template <class T>
+T* kept(std::vector<__m512i>& memory, int64_t count) {
+    const int64_t lines = (count * (int64_t)sizeof(T) + 63) / 64;
+    if ((int64_t)memory.size() < lines) {
+        memory.clear();  // nothing is copied
+        memory.resize(lines);
+    }
+    return (T*)memory.data();
+}
 
 // [16 rows][16 pairs] -> [16 pairs][16 rows]. `from` rows lie `stride` elements apart, `to` rows 64.
 // `rows` there are, and `inputs` of each: the rest is zero. Pairs beyond the inputs are not written.

@@ -55,6 +55,25 @@ INLINE void gated(T* to, v16f gate, v16f up) {
     store(to, rounded(x / (1.0f + exp16(-x)), to) * rounded(up, to));
 }
 
+// to[dim] = silu(gate) * up, silu rounded first
+template <class T>
+INLINE void gate_row(T* to, const T* gate, const T* up, int dim) {
+    int d = 0;
+    for (; d + 16 <= dim; d += 16) gated(to + d, load(gate + d), load(up + d));
+    for (; d < dim; d++) {
+        float x = to_float(gate[d]);
+        put(to + d, rounded1(x / (1.0f + std::exp(-x)), to) * to_float(up[d]));
+    }
+}
+
+// to[dim] = a + b, rounded
+template <class T>
+INLINE void add_row(T* to, const T* a, const T* b, int dim) {
+    int d = 0;
+    for (; d + 16 <= dim; d += 16) store(to + d, load(a + d) + load(b + d));
+    for (; d < dim; d++) put(to + d, to_float(a[d]) + to_float(b[d]));
+}
+
 // to[dim] = x * cos + rotate_half(x) * sin, each product rounded; `to` may be `from`
 template <class T>
 INLINE void rope_row(T* to, const T* from, const T* cos, const T* sin, int dim) {

@@ -18,17 +18,6 @@ constexpr int UNIT_ROWS = 4;  // from here on the unit is faster than the vector
 constexpr int DEPTH = 32;     // inputs of a step
 constexpr int64_t UNIT_RESIDENT = 256 * 1024;  // elements that stay in the second-level cache; twice as many lose where a neighbour uses it too
 
-// `count` numbers in a thread's memory, which is kept between calls: fresh memory costs a page fault for every 4 KB.
-template <class T>
-T* kept(std::vector<__m512i>& memory, int64_t count) {
-    const int64_t lines = (count * (int64_t)sizeof(T) + 63) / 64;
-    if ((int64_t)memory.size() < lines) {
-        memory.clear();  // nothing is copied
-        memory.resize(lines);
-    }
-    return (T*)memory.data();
-}
-
 // Rows in blocks of one size, up to 32 and so evenly that one set of tile shapes serves all: the last block may hold some rows of the
 // one before again. A block is two tiles of rows, or one when `bottom` is 0.
 struct RowBlocks {

@@ -1,0 +1,123 @@
+"""A layer in one call gives bit for bit what its steps give one by one, whatever is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_runner import CPU, Item, Seq, prompts_for
+
+from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.panels import Panels
+from swiftlite.engine.runner import Runner
+from swiftlite.engine.staged import StagedLayer
+from swiftlite.kernels.build import load_library
+
+library = load_library()
+pytestmark = pytest.mark.skipif(library is None or not Panels(library).size(1, 2), reason="needs a compiler and a CPU with AVX512-BF16")
+
+
+def make(path: Path, quantization: str | None = None) -> Runner:
+    return Runner(path, EngineConfig(num_blocks=200, block_size=4, quantization=quantization), torch.bfloat16, CPU)
+
+
+def steps_of(runner: Runner, lengths: list[int], versions: list | None = None) -> list[torch.Tensor]:
+    """Logits of a prefill of prompts, then of two steps of decoding together with a part of another prompt."""
+    prompts = prompts_for(runner.vocab_size, [*lengths, 9])
+    tables, first = [], 0
+    for prompt in prompts:
+        tables.append(list(range(first, first + 8 + len(prompt) // 4)))
+        first += len(tables[-1])
+    seqs = [
+        Seq(prompt, table, version)
+        for prompt, table, version in zip(prompts, tables, [*(versions or [None] * len(lengths)), None], strict=True)
+    ]
+    found = [runner.execute([Item(seq, 0, len(seq.token_ids)) for seq in seqs[:-1]]).clone()]
+    for step in range(2):
+        for seq in seqs[:-1]:
+            seq.token_ids.append(5 + step)
+        items = [Item(seq, len(seq.token_ids) - 1, 1) for seq in seqs[:-1]]
+        found.append(runner.execute([*items, Item(seqs[-1], 4 * step, 4)]).clone())
+    return found
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+    """In one call, step by step, and how many layers were one call."""
+    done: list[bool] = []
+    forward = StagedLayer.forward
+
+    def counted(self: StagedLayer, *args) -> torch.Tensor | None:
+        out = forward(self, *args)
+        done.append(out is not None)
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedLayer, "forward", counted)
+        together = run()
+        patch.setattr(StagedLayer, "forward", lambda *_: None)
+        apart = run()
+    return together, apart, sum(done)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_one_call_is_the_same_to_the_bit(
+    family: str, quantization: str | None, threads: int, make_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    runner = make(make_model(family), quantization)
+    if quantization and not all(linear.packed.many for linear in _linears(runner)):
+        pytest.skip("needs AVX512-VBMI")
+    try:
+        torch.set_num_threads(threads)
+        for lengths in ([1], [3, 2], [12, 5, 1], [70, 33, 9, 1, 1, 1]):
+            together, apart, calls = both_ways(monkeypatch, lambda lengths=lengths: steps_of(runner, lengths))
+            assert calls == 3 * runner.fused_layers > 0
+            for left, right in zip(together, apart, strict=True):
+                assert torch.equal(left, right)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _linears(runner: Runner) -> list:
+    layer = runner.model.model.layers[0]
+    return [layer.self_attn.q_proj.fused.product, layer.mlp.down_proj]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_adapters_are_stages_too(quantization: str | None, make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any mix of rows with and without, whichever linears an adapter has, as the batch changes."""
+    path: Path = make_model("qwen3")
+    runner = make(path, quantization)
+    kinds: list[dict] = [
+        {"rank": 4},
+        {"rank": 3, "target_modules": ["q_proj", "v_proj"]},
+        {"rank": 2, "target_modules": ["down_proj", "up_proj"]},
+    ]
+    for index, kind in enumerate(kinds):
+        runner.lora.add(f"a{index}", make_adapter(path, index, **kind))
+    one, two, three = (runner.lora.acquire(f"a{index}") for index in range(3))
+    for versions in ([one, None, two], [None, None, None], [two], [three], [three, three, None, one], [None, two, three], [one]):
+        lengths = [11, 6, 1, 2][: len(versions)]
+        together, apart, calls = both_ways(monkeypatch, lambda lengths=lengths, versions=versions: steps_of(runner, lengths, versions))
+        assert calls == 3 * runner.fused_layers
+        for left, right in zip(together, apart, strict=True):
+            assert torch.equal(left, right)
+    with_adapter, without = steps_of(runner, [11], [one])[0], steps_of(runner, [11])[0]
+    assert not torch.allclose(with_adapter, without, atol=1e-3)
+
+
+def test_what_is_no_stage_goes_step_by_step(make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA changes the base's product itself; the batch beside it is unharmed."""
+    path: Path = make_model("qwen3")
+    runner = make(path)
+    runner.lora.add("dora", make_adapter(path, 0, rank=4, use_dora=True))
+    version = runner.lora.acquire("dora")
+    mixed, apart, calls = both_ways(monkeypatch, lambda: steps_of(runner, [7, 5], [version, None]))
+    assert calls == 0 and all(torch.equal(left, right) for left, right in zip(mixed, apart, strict=True))
+    alone, _, calls = both_ways(monkeypatch, lambda: steps_of(runner, [7, 5]))
+    assert calls == 3 * runner.fused_layers
+    torch.testing.assert_close(alone[0][1], mixed[0][1], rtol=0.05, atol=0.05)
