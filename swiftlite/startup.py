@@ -14,14 +14,20 @@ import os
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from swiftlite.later import compiler_later, no_distributed_tensors
 
 WEIGHTS = "*.safetensors"
 
 
-def begin(model_dir: Path | None = None) -> None:
-    """Import torch and transformers' model code, unless that is done; the weights in `model_dir` are on their way from then on."""
+def begin(model_dir: Path | None = None, *, alone: bool = False) -> None:
+    """Import torch and transformers' model code, unless that is done; the weights in `model_dir` are on their way from then on.
+
+    `alone`: the process is ours and runs a model by itself, so that nothing of transformers will need to be distributed in it.
+    """
     if model_dir is not None:
         threading.Thread(target=_read_ahead, args=(model_dir,), name="swiftlite-read-ahead", daemon=True).start()
     if "torch" in sys.modules:
@@ -32,8 +38,10 @@ def begin(model_dir: Path | None = None) -> None:
     gc.disable()
     try:
         _import_models()
-        import torch  # noqa: F401
-        import transformers.modeling_utils  # noqa: F401
+        with compiler_later(), no_distributed_tensors() if alone else nullcontext():
+            import transformers.masking_utils
+            import transformers.modeling_layers
+            import transformers.modeling_utils  # noqa: F401
     finally:
         if collecting:
             gc.freeze()  # what was imported stays: no later collection needs to walk it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,58 @@ cli.main(["sft", "--model", "tiny-chat", "--dataset", "tiny-chat"])
 def test_flags_are_checked_before_anything_heavy_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip() == "begun with []"
+
+
+COMPILER = """
+import importlib, sys
+from swiftlite import startup
+startup.begin(alone="alone" in sys.argv)
+from swiftlite import LLM, SamplingParams
+before = LLM(sys.argv[1], device="cpu").generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+heavy = [name for name in ("torch._dynamo", "torch.distributed.tensor") if name in sys.modules]
+print("imported:", *heavy)
+how = sys.argv[2]
+import torch
+if how == "part":  # a part of it first: the whole is imported, and each part once
+    import torch._dynamo.config as config
+    assert config is torch._dynamo.config is sys.modules["torch._dynamo.config"]
+elif how == "inside":  # asked for while the stand-in is there
+    from swiftlite.later import compiler_later
+    with compiler_later():
+        import torch._dynamo.config as config
+        assert config is sys.modules["torch._dynamo"].config and config.suppress_errors in (True, False)
+elif how == "attribute":
+    from swiftlite.later import compiler_later
+    with compiler_later():
+        import torch._dynamo
+        assert torch._dynamo.list_backends()
+compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")
+assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
+import torch._dynamo as real
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from transformers import masking_utils
+from transformers.integrations.flex_attention import WrappedFlexAttention
+assert masking_utils.TransformGetItemToIndex is TransformGetItemToIndex
+assert real.__spec__.origin == real.__file__ and torch._dynamo is real
+marked = WrappedFlexAttention.__init__.__closure__
+assert any("_torchdynamo_disable" in vars(cell.cell_contents[0]) for cell in marked if isinstance(cell.cell_contents, list)), marked
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "swiftlite.later"]
+with TransformGetItemToIndex():
+    pass
+"""
+
+
+@pytest.mark.parametrize("how", ["whole", "part", "inside", "attribute"])
+def test_the_compiler_comes_when_it_is_asked_for(how: str, make_model: Callable[..., Path]) -> None:
+    """Then it is whole, and has what was marked for it before it came."""
+    done = subprocess.run([sys.executable, "-c", COMPILER, make_model("qwen3"), how], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "imported: torch.distributed.tensor\n" in done.stdout
+
+
+def test_a_process_of_ours_has_no_distributed_tensors(make_model: Callable[..., Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILER, make_model("llama"), "whole", "alone"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert "imported:\n" in done.stdout

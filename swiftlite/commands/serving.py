@@ -175,7 +175,7 @@ def _merged(options: Options, adapters: dict[str, Path]) -> Path:
 def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) -> tuple[Engine, list[str]]:
     """The engine with its adapters, and their names. `overrides` are EngineConfig fields."""
     plan = plan or make_plan(options)
-    startup.begin(plan.model_dir)
+    startup.begin(plan.model_dir, alone=True)
     from swiftlite.engine.config import EngineConfig
     from swiftlite.engine.engine import Engine
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.errors import ModelError
+from swiftlite.later import compiler_later
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,26 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def no_draws() -> Iterator[None]:
+    """Parameters without memory are not filled with random numbers: each model is built of such before its weights come, and the first
+    draw imports torch's compiler."""
+    from torch.nn import init
+
+    own = {name: getattr(init, name) for name in ("normal_", "uniform_", "kaiming_uniform_")}
+
+    def spared(fill: Any) -> Any:
+        return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else fill(tensor, *args, **kwargs)
+
+    for name, fill in own.items():
+        setattr(init, name, spared(fill))
+    try:
+        yield
+    finally:
+        for name, fill in own.items():
+            setattr(init, name, fill)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -125,7 +146,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, atten
     if quantization.get("quant_method") == "compressed-tensors":
         config.quantization_config = {**quantization, "dequantize": True}
     try:
-        with quiet():
+        with quiet(), compiler_later(), no_draws():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, dtype=dtype, device_map=None if device.type == "cpu" else {"": device},
                 attn_implementation=attention, trust_remote_code=False, local_files_only=True, output_loading_info=True, **kwargs,
