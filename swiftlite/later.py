@@ -55,6 +55,10 @@ class _StandIn(types.ModuleType):
 
         return call
 
+    @staticmethod
+    def graph_break(msg: str = "") -> None:
+        """Nothing, outside of compiled code."""
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)

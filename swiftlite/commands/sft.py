@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftlite import __version__, startup
+from swiftlite.later import compiler_later
 from swiftlite.options.parse import Options
 from swiftlite.options.resolve import as_json
 
@@ -48,11 +49,12 @@ def sft(options: Options) -> dict[str, Any]:
     before = flags.read_resumed(options, resumed) if resumed else ({}, None, {})
     start_from = None if resumed else flags.start_from(options)
     model_dir = flags.check(options)
-    startup.begin(model_dir)
+    alone = ranks.world == 1 and options.fsdp is None and not options.torch_compile
+    startup.begin(model_dir, alone=alone)
     from swiftlite.models.device import choose_device
 
     device = choose_device(ranks.device(options.device))
-    with ranks.joined(device):
+    with ranks.joined(device), compiler_later() if alone else contextlib.nullcontext():
         return _train(options, ranks, device, model_dir, start_from, resumed, *before)
 
 
