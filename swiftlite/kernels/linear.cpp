@@ -33,7 +33,7 @@ void gate_by_unit(const Product& p, int index, int count) {
     int turn = 0;
     const auto group = [&](int64_t first, int64_t last, int64_t steps) {
         for (int half = 0; half < 2; half++)
-            next[half] = Fetch(p.w + (half * panels + last) * size, std::min(last - first, end - last) * size * 2, steps);
+            next[half] = next_panels(blocks, p.w + half * panels * size, first, last, end, size, steps);
     };
     multiply_panels(blocks, p.x, p.stride, p.k, begin, end, 2 * size, false, group,
                     [&](auto passing, int64_t panel, int64_t row, int64_t before, auto&& ahead) {

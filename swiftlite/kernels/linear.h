@@ -57,13 +57,19 @@ const Tile TILES[PANEL_ROWS + 1] = {nullptr,    tile_of<1>, tile_of<2>, tile_of<
 #ifdef SWIFT_AMX
 inline bool by_unit(const Product& p) { return p.rows >= UNIT_ROWS && p.k % DEPTH == 0 && amx_ready(); }
 
+// While the panels [first, last) of `size` elements are multiplied in `steps` steps: the panels behind them, up to `end`.
+INLINE Fetch next_panels(const RowBlocks& blocks, const bf16* w, int64_t first, int64_t last, int64_t end, int64_t size, int64_t steps) {
+    if (blocks.count == 1) return Fetch(w + first * size + AHEAD * DEPTH * WIDTH, size * 2, steps);
+    return Fetch(w + last * size, std::min(last - first, end - last) * size * 2, steps);
+}
+
 inline void multiply_by_unit(const Product& p, int index, int count) {
     const int64_t panels = (p.n + WIDTH - 1) / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
     const RowBlocks blocks(p.rows);
     const Tiles tiles = blocks.tiles();
     Fetch next(nullptr, 0, 1);
     const auto group = [&](int64_t first, int64_t last, int64_t steps) {
-        next = Fetch(p.w + last * size, std::min(last - first, end - last) * size * 2, steps);
+        next = next_panels(blocks, p.w, first, last, end, size, steps);
     };
     multiply_panels(blocks, p.x, p.stride, p.k, begin, end, size, false, group, [&](auto passing, int64_t panel, int64_t row, int64_t before, auto&& ahead) {
         bf16* out = p.out + row * p.n + panel * WIDTH;

@@ -109,6 +109,8 @@ struct PanelSteps {
     INLINE_MEMBER const bf16* operator()(int64_t step) const { return w + step * DEPTH * WIDTH; }
 };
 
+constexpr int64_t AHEAD = 3;  // steps: one block of rows is so soon done with a panel that what is fetched earlier only takes room
+
 // Memory that is fetched evenly over a number of steps.
 struct Fetch {
     const char* from;
