@@ -1,4 +1,4 @@
-"""A layer in one call gives bit for bit what its steps give one by one, whatever is in the batch."""
+"""Layers in one call give bit for bit what their steps give one by one, whatever is in the batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from test_runner import CPU, Item, Seq, prompts_for
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.panels import Panels
 from swiftlite.engine.runner import Runner
-from swiftlite.engine.staged import StagedLayer
+from swiftlite.engine.staged import Linears, Stack
 from swiftlite.kernels.build import load_library
 
 library = load_library()
@@ -44,19 +44,19 @@ def steps_of(runner: Runner, lengths: list[int], versions: list | None = None) -
 
 
 def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
-    """In one call, step by step, and how many layers were one call."""
+    """In one call, step by step, and how many forwards were one call."""
     done: list[bool] = []
-    forward = StagedLayer.forward
+    forward = Stack.forward
 
-    def counted(self: StagedLayer, *args) -> torch.Tensor | None:
+    def counted(self: Stack, *args) -> torch.Tensor | None:
         out = forward(self, *args)
         done.append(out is not None)
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(StagedLayer, "forward", counted)
+        patch.setattr(Stack, "forward", counted)
         together = run()
-        patch.setattr(StagedLayer, "forward", lambda *_: None)
+        patch.setattr(Stack, "forward", lambda *_: None)
         apart = run()
     return together, apart, sum(done)
 
@@ -75,7 +75,7 @@ def test_one_call_is_the_same_to_the_bit(
         torch.set_num_threads(threads)
         for lengths in ([1], [3, 2], [12, 5, 1], [70, 33, 9, 1, 1, 1]):
             together, apart, calls = both_ways(monkeypatch, lambda lengths=lengths: steps_of(runner, lengths))
-            assert calls == 3 * runner.fused_layers > 0
+            assert calls == 3 and runner.fused_layers == 3
             for left, right in zip(together, apart, strict=True):
                 assert torch.equal(left, right)
     finally:
@@ -103,7 +103,7 @@ def test_adapters_are_stages_too(quantization: str | None, make_model, make_adap
     for versions in ([one, None, two], [None, None, None], [two], [three], [three, three, None, one], [None, two, three], [one]):
         lengths = [11, 6, 1, 2][: len(versions)]
         together, apart, calls = both_ways(monkeypatch, lambda lengths=lengths, versions=versions: steps_of(runner, lengths, versions))
-        assert calls == 3 * runner.fused_layers
+        assert calls == 3
         for left, right in zip(together, apart, strict=True):
             assert torch.equal(left, right)
     with_adapter, without = steps_of(runner, [11], [one])[0], steps_of(runner, [11])[0]
@@ -119,5 +119,22 @@ def test_what_is_no_stage_goes_step_by_step(make_model, make_adapter, monkeypatc
     mixed, apart, calls = both_ways(monkeypatch, lambda: steps_of(runner, [7, 5], [version, None]))
     assert calls == 0 and all(torch.equal(left, right) for left, right in zip(mixed, apart, strict=True))
     alone, _, calls = both_ways(monkeypatch, lambda: steps_of(runner, [7, 5]))
-    assert calls == 3 * runner.fused_layers
+    assert calls == 3
     torch.testing.assert_close(alone[0][1], mixed[0][1], rtol=0.05, atol=0.05)
+
+
+def test_layers_between_that_are_no_stages(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours run together, the others step by step between them."""
+    path = make_model("qwen3")
+    wanted, of, seen = steps_of(make(path), [9, 4, 1]), Linears.of, []
+
+    def some(attention, mlp) -> Linears | None:
+        seen.append(None)
+        return None if len(seen) == 2 else of(attention, mlp)
+
+    monkeypatch.setattr(Linears, "of", some)
+    runner = make(path)
+    together, apart, calls = both_ways(monkeypatch, lambda: steps_of(runner, [9, 4, 1]))
+    assert len(seen) == runner.fused_layers == 3 and calls == 3 * 2
+    for left, right, whole in zip(together, apart, wanted, strict=True):
+        assert torch.equal(left, right) and torch.equal(left, whole)

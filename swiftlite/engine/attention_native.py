@@ -1,7 +1,7 @@
 """Paged attention by the C++ kernel (paged_attention.cpp): the same contract as attention_cpu.py, store included.
 
-A `NativeBatch` holds what all layers of a step share; `attend` is one library call, and `stage` one of several in a call. Tensors and
-`_Args` must describe the same memory: the kernel checks nothing.
+A `NativeBatch` holds what all layers of a step share; `attend` is one library call; for one of several, `describe` and `give` fill in
+`Args`. Tensors and they must describe the same memory: the kernel checks nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from swiftlite.engine.kv import AttentionLayer, KVCache
 from swiftlite.kernels.stages import Run
 
 
-class _Args(ctypes.Structure):
-    """struct Args of paged_attention.cpp."""
+class Args(ctypes.Structure):
+    """struct Args of attention.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "q", "k", "v", "keys", "values", "slots", "tables", "sequences")),
@@ -64,7 +64,7 @@ class NativeBatch:
         self.meta = torch.tensor(meta, dtype=torch.int32)
         self.tables = torch.tensor(list(chain.from_iterable(tables)), dtype=torch.int32)
         self.covered = sum(sequence.query_len for sequence in sequences) == slots.shape[0]
-        self.args = _Args(
+        self.args = Args(
             slots=slots.data_ptr(),
             tables=self.tables.data_ptr(),
             sequences=self.meta.data_ptr(),
@@ -73,8 +73,8 @@ class NativeBatch:
             block_size=size,
             is_bf16=cache.dtype == torch.bfloat16,
         )
-        self.stage = library.swift_paged_attention, self.args
-        self.run = Run(library, [self.stage])
+        self.run = Run(library, [(library.swift_paged_attention, self.args)])
+        self.done: object = None  # the layers that this batch has passed as one call
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [H, T, Dk], k [G, T, Dk], v [G, T, Dv], new tokens -> [T, H, Dv]; K and V are stored first."""
@@ -83,13 +83,13 @@ class NativeBatch:
         assert q.dtype == k.dtype == v.dtype == self.cache.dtype
         shape = (q.shape[1], layer.heads, layer.value_dim)
         out = q.new_empty(shape) if self.covered else q.new_zeros(shape)
+        describe(self.args, layer, None)
+        self.give(self.args, layer, None)
         args = self.args
-        args.cos = None
         args.out, args.q, args.k, args.v = out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr()
         args.q_head, args.q_token = q.stride(0), q.stride(1)
         args.k_head, args.k_token = k.stride(0), k.stride(1)
         args.v_head, args.v_token = v.stride(0), v.stride(1)
-        self._at(layer)
         self.run()
         return out
 
@@ -104,27 +104,30 @@ class NativeBatch:
         shape = (1, q.shape[1], layer.heads * layer.value_dim)
         out = q.new_empty(shape) if self.covered else q.new_zeros(shape)
         rotated = torch.empty(q.shape, dtype=q.dtype)
-        self.prepare_raw(layer, cos, sin, norms)
+        describe(self.args, layer, norms)
+        self.give(self.args, layer, (cos, sin))
         args = self.args
         args.out, args.q, args.k, args.v, args.rotated = (x.data_ptr() for x in (out, q, k, v, rotated))
         args.q_token, args.k_token, args.v_token = q.stride(1), k.stride(1), v.stride(1)
         self.run()
         return out
 
-    def prepare_raw(self, layer: AttentionLayer, cos: Tensor, sin: Tensor, norms: HeadNorms | None) -> None:
-        """All of `args` for `attend_raw`'s work but where q, k, v, out and the rotated q lie, and how far their rows."""
-        args = self.args
-        args.cos, args.sin = cos.data_ptr(), sin.data_ptr()
-        if norms is None:
-            args.q_norm = args.k_norm = None
-        else:
-            args.q_norm, args.k_norm, args.eps, args.norm_kind = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.kind
-        args.q_head = args.k_head = layer.head_dim
-        args.v_head = layer.value_dim
-        self._at(layer)
+    def give(self, args: Args, layer: AttentionLayer, rotation: tuple[Tensor, Tensor] | None) -> None:
+        """What of `args` is the batch's: where its rows are stored and what they see, and their rotation, contiguous [1, T, Dk] each."""
+        own, index = self.args, layer.index
+        args.slots, args.tables, args.sequences = own.slots, own.tables, own.sequences
+        args.tokens, args.num_sequences, args.block_size, args.is_bf16 = own.tokens, own.num_sequences, own.block_size, own.is_bf16
+        args.keys, args.values = self.cache.keys[index].data_ptr(), self.cache.values[index].data_ptr()
+        args.cos, args.sin = (None, None) if rotation is None else (rotation[0].data_ptr(), rotation[1].data_ptr())
 
-    def _at(self, layer: AttentionLayer) -> None:
-        args = self.args
-        args.keys, args.values = self.cache.keys[layer.index].data_ptr(), self.cache.values[layer.index].data_ptr()
-        args.heads, args.kv_heads, args.key_dim, args.value_dim = layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim
-        args.window, args.scale, args.softcap = layer.window or 0, layer.scale, layer.softcap or 0.0
+
+def describe(args: Args, layer: AttentionLayer, norms: HeadNorms | None) -> None:
+    """What of `args` is the layer's, for q, k and v whose heads lie behind each other."""
+    args.heads, args.kv_heads, args.key_dim, args.value_dim = layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim
+    args.window, args.scale, args.softcap = layer.window or 0, layer.scale, layer.softcap or 0.0
+    args.q_head = args.k_head = layer.head_dim
+    args.v_head = layer.value_dim
+    if norms is None:
+        args.q_norm = args.k_norm = None
+    else:
+        args.q_norm, args.k_norm, args.eps, args.norm_kind = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.kind

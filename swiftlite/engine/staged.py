@@ -1,4 +1,4 @@
-"""A pre-norm decoder layer as one call: its steps are stages (kernels/stages.py) of one team of threads, with no Python between them.
+"""Pre-norm decoder layers as one call: their steps are stages (kernels/stages.py) of one team of threads, with no Python between them.
 
 Calling the steps one by one takes some 50 microseconds each before any work is done, in 28 layers a tenth to a quarter of a decode step.
 What can be a stage: linears in the kernels' own layouts, attention over pages, and adapters that only add products. Layers of other
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftlite.engine.attention_native import HeadNorms, NativeBatch
+from swiftlite.engine.attention_native import Args, HeadNorms, NativeBatch, describe
 from swiftlite.engine.int8 import PanelInt8
 from swiftlite.engine.kv import AttentionLayer
 from swiftlite.engine.lora_native import NativeJob
@@ -79,81 +79,51 @@ def _joined(parts: Sequence[Any]) -> PackedLinear | None:
     return fused.product if own else None
 
 
-class StagedLayer:
-    """One layer. Tensors are bfloat16; letters as in bridge.py."""
+@dataclass(frozen=True)
+class Parts:
+    """What a layer is made of."""
 
-    def __init__(
-        self, library: ctypes.CDLL, layer: AttentionLayer, norms: tuple[Norm, Norm], heads: HeadNorms | None, linears: Linears, room: Room
-    ) -> None:  # fmt: skip
-        self.library, self.layer, self.heads, self.linears, self.room = library, layer, heads, linears, room
-        self.width = linears.down.out_features
-        self.act = linears.down.in_features
-        queries = layer.heads * layer.head_dim
+    attention: AttentionLayer
+    before: Norm
+    between: Norm  # attention and MLP
+    heads: HeadNorms | None
+    linears: Linears
+
+
+class _Layer:
+    """A layer's structures."""
+
+    def __init__(self, library: ctypes.CDLL, parts: Parts, room: Room) -> None:
+        self.library, self.parts = library, parts
+        layer, linears = parts.attention, parts.linears
+        self.width, self.act = linears.down.out_features, linears.down.in_features
+        self.mixed = layer.heads * layer.value_dim
         room.want(
-            x=self.width + PAD, qkv=linears.qkv.out_features, rotated=queries, mixed=layer.heads * layer.value_dim, y=self.width,
-            both=2 * self.act, act=self.act, sum=self.width,
+            x=self.width + PAD, qkv=linears.qkv.out_features, rotated=layer.heads * layer.head_dim, mixed=self.mixed, y=self.width,
+            both=2 * self.act, act=self.act, sum=self.width, hidden=self.width,
         )  # fmt: skip
-        first, second = norms
-        self.before = Norming(w=first.weight.data_ptr(), eps=first.eps, kind=first.kind, dim=self.width, is_bf16=True)
-        self.between = Norming(w=second.weight.data_ptr(), eps=second.eps, kind=second.kind, dim=self.width, is_bf16=True)
-        self.after = Norming(dim=self.width, is_bf16=True)
+        self.between = norming(self.width, parts.between)
+        self.after = norming(self.width)  # the norm of the next layer
+        self.attention = Args()
+        describe(self.attention, layer, parts.heads)
         self.gating = Gating(dim=self.act, is_bf16=True)
         self.products: list[Stage] = [linear.packed.stage(linear.bias) for linear in linears]
         packed = linears.gate_up.packed
         self.gated: Stage | None = packed.gated(linears.gate_up.bias) if isinstance(packed, PanelWeight) else None
-        self._rows: tuple[int, int] = -1, -1  # what the structures are filled in for, and the room's then
-        self._job: NativeJob | None = None
-        self._added: list[Stage | None] = []
-        self._run: Run | None = None
-        self._attention = 0  # its place in the run
+        self.added: list[Stage | None] = []
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, native: NativeBatch) -> Tensor | None:
-        """hidden [1, T, D] through the layer, or None where a batch's adapters are not for stages."""
-        tap = vars(self.linears.qkv).get("forward")
-        job = None
-        if tap is not None:
-            if type(tap) is not Tap or tap.linear is None or tap.linear.layers.joined is None:
-                return None
-            job = tap.linear.layers.joined
-            tap.linear.layers.check_rows(hidden.shape[1], tap.linear.group)
-        hidden = hidden.contiguous()
-        out = torch.empty_like(hidden)
-        rows = hidden.shape[1]
-        self.room.grow(rows)
-        if self._run is None or job is not self._job:
-            self._run, self._job, self._rows = self._arrange(job, native), job, (-1, -1)
-        if self._rows != (rows, self.room.rows):
-            self._fill(rows)
-        at = self.room.memory
-        self.before.a = self.between.a = hidden.data_ptr()
-        self.after.total = out.data_ptr()
-        native.prepare_raw(self.layer, cos, sin, self.heads)
-        args, stride, qkv = native.args, self.linears.qkv.out_features, at["qkv"].data_ptr()
-        args.q, args.k = qkv, qkv + 2 * self.layer.heads * self.layer.head_dim
-        args.v = args.k + 2 * self.layer.kv_heads * self.layer.head_dim
-        args.q_token = args.k_token = args.v_token = stride
-        args.rotated, args.out = at["rotated"].data_ptr(), at["mixed"].data_ptr()
-        if not native.covered:
-            at["mixed"].zero_()
-        self._run.place(self._attention, native.args)
-        self._run()
-        return out
-
-    def _arrange(self, job: NativeJob | None, native: NativeBatch) -> Run:
-        """The stages, with what `job` adds to each product."""
-        self._added = [self._adding(job, linear) for linear in self.linears]
+    def stages(self, job: NativeJob | None) -> list[Stage]:
+        """From the norm that is in `x` already to the next one, with what `job` adds to each product."""
+        self.added = [self._adding(job, linear) for linear in self.parts.linears]
         qkv, o, gate_up, down = [
-            [product] if added is None else [product, added] for product, added in zip(self.products, self._added, strict=True)
+            [product] if added is None else [product, added] for product, added in zip(self.products, self.added, strict=True)
         ]
-        if self._added[2] is None and self.gated is not None:
+        if self.added[2] is None and self.gated is not None:
             gate = [self.gated]
         else:
             gate = [*gate_up, (self.library.swift_gating, self.gating)]
-        norming = self.library.swift_norming
-        self._attention = 1 + len(qkv)
-        return Run(
-            self.library, [(norming, self.before), *qkv, native.stage, *o, (norming, self.between), *gate, *down, (norming, self.after)]
-        )
+        attention, norm = (self.library.swift_paged_attention, self.attention), self.library.swift_norming
+        return [*qkv, attention, *o, (norm, self.between), *gate, *down, (norm, self.after)]
 
     @staticmethod
     def _adding(job: NativeJob | None, linear: PackedLinear) -> Stage | None:
@@ -162,23 +132,85 @@ class StagedLayer:
         group = vars(linear)["forward"].linear.group
         return job.stage(group.index, 0, len(group.parts)) if job.adapts(group.index) else None
 
-    def _fill(self, rows: int) -> None:
-        """Where each stage reads and writes."""
-        at, stride = {name: memory.data_ptr() for name, memory in self.room.memory.items()}, self.width + PAD
+    def fill(self, rows: int, at: dict[str, int]) -> None:
+        """Where each stage reads and writes `rows` rows."""
+        stride, layer, args = self.width + PAD, self.parts.attention, self.attention
         for (_, product), added, x, out, x_stride in zip(
-            self.products, self._added, ("x", "mixed", "x", "act"), ("qkv", "y", "both", "y"),
-            (stride, self.layer.heads * self.layer.value_dim, stride, self.act), strict=True,
+            self.products, self.added, ("x", "mixed", "x", "act"), ("qkv", "y", "both", "y"), (stride, self.mixed, stride, self.act),
+            strict=True,
         ):  # fmt: skip
             product.x, product.out, product.rows, product.stride = at[x], at[out], rows, x_stride
             if added is not None:
-                args = added[1]
-                args.x, args.y, args.x_stride, args.y_stride = at[x], at[out], x_stride, product.n
+                adding = added[1]
+                adding.x, adding.y, adding.x_stride, adding.y_stride = at[x], at[out], x_stride, product.n
+        args.q = at["qkv"]
+        args.k = args.q + 2 * layer.heads * layer.head_dim
+        args.v = args.k + 2 * layer.kv_heads * layer.head_dim
+        args.q_token = args.k_token = args.v_token = self.parts.linears.qkv.out_features
+        args.rotated, args.out = at["rotated"], at["mixed"]
         if self.gated is not None:
             product = self.gated[1]
             product.x, product.out, product.rows, product.stride = at["x"], at["act"], rows, stride
         self.gating.both, self.gating.out, self.gating.rows, self.gating.out_stride = at["both"], at["act"], rows, self.act
-        for norming in (self.before, self.between, self.after):
-            norming.rows, norming.out, norming.out_stride, norming.a_stride, norming.b = rows, at["x"], stride, self.width, at["y"]
-        self.before.b = None
-        self.between.total = self.after.a = at["sum"]
+        for one in (self.between, self.after):
+            one.rows, one.out, one.out_stride, one.a_stride, one.b = rows, at["x"], stride, self.width, at["y"]
+        self.between.a, self.between.total = at["hidden"], at["sum"]
+        self.after.a, self.after.total = at["sum"], at["hidden"]
+
+
+def norming(width: int, norm: Norm | None = None) -> Norming:
+    done = Norming(dim=width, is_bf16=True)
+    if norm is not None:
+        done.w, done.eps, done.kind = norm.weight.data_ptr(), norm.eps, norm.kind
+    return done
+
+
+class Stack:
+    """Layers that follow each other. Tensors are bfloat16; letters as in bridge.py."""
+
+    def __init__(self, library: ctypes.CDLL, layers: Sequence[Parts], room: Room) -> None:
+        self.library, self.room = library, room
+        self.layers = [_Layer(library, parts, room) for parts in layers]
+        self.before = norming(self.layers[0].width, layers[0].before)
+        for one, then in zip(self.layers, layers[1:], strict=False):
+            one.after = norming(one.width, then.before)
+        self._qkv = layers[0].linears.qkv  # one of its linears has a tap when all have
+        self._rows: tuple[int, int] = -1, -1  # what the structures are filled in for, and the room's then
+        self._job: NativeJob | None = None
+        self._run: Run | None = None
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, native: NativeBatch) -> Tensor | None:
+        """hidden [1, T, D] through the layers, or None where a batch's adapters are not for stages."""
+        tap, job, rows = vars(self._qkv).get("forward"), None, hidden.shape[1]
+        if tap is not None:
+            if type(tap) is not Tap or tap.linear is None or tap.linear.layers.joined is None:
+                return None
+            job = tap.linear.layers.joined
+            tap.linear.layers.check_rows(rows, tap.linear.group)
+        assert hidden.dtype == cos.dtype == native.cache.dtype == torch.bfloat16
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        self.room.grow(rows)
+        if self._run is None or job is not self._job:
+            stages = [stage for layer in self.layers for stage in layer.stages(job)]
+            self._run, self._job = Run(self.library, [(self.library.swift_norming, self.before), *stages]), job
+            self._rows = -1, -1
+        if self._rows != (rows, self.room.rows):
+            self._fill(rows)
+        first, last = self.layers[0], self.layers[-1]
+        self.before.a = first.between.a = hidden.data_ptr()
+        last.after.total = out.data_ptr()
+        for layer in self.layers:
+            native.give(layer.attention, layer.parts.attention, (cos, sin))
+        if not native.covered:
+            self.room.memory["mixed"].zero_()
+        self._run()
+        return out
+
+    def _fill(self, rows: int) -> None:
+        at = {name: memory.data_ptr() for name, memory in self.room.memory.items()}
+        for layer in self.layers:
+            layer.fill(rows, at)
+        width = self.layers[0].width
+        self.before.rows, self.before.out, self.before.out_stride, self.before.a_stride = rows, at["x"], width + PAD, width
         self._rows = rows, self.room.rows

@@ -33,10 +33,6 @@ class Run:
         self._kept = [args for _, args in stages]
         self._place, self._count = ctypes.addressof(self._stages), len(entries)
 
-    def place(self, index: int, args: ctypes.Structure) -> None:
-        """Other arguments for a stage; they are the caller's to keep alive."""
-        self._stages[index].args = ctypes.addressof(args)
-
     def __call__(self) -> None:
         self._function(self._place, self._count, torch.get_num_threads())
 
