@@ -76,7 +76,7 @@ def test_norms(kind: int, dim: int, dtype: torch.dtype) -> None:
         module = Norm(dim, kind, eps).to(dtype).eval()
         stock = module.forward
         with torch.inference_mode():
-            assert (_fuse_norm(module, kernels()) is not None) == (kind < 3)
+            assert (_fuse_norm(module, kernels(), {}) is not None) == (kind < 3)
             wide = torch.randn(1, 6, 3 * dim + 5).to(dtype)
             for x in (wide[..., :dim], wide[..., dim : 3 * dim].view(1, 6, 2, dim), torch.randn(2, 4, dim).to(dtype)):
                 torch.testing.assert_close(module(x), stock(x), **close(dtype))
@@ -100,8 +100,23 @@ def test_gates(dtype: torch.dtype) -> None:
         for module, taken in ((Gate(nn.SiLU()), True), (Gate(nn.GELU()), False), (Gate(nn.SiLU(), 1.5), False)):
             module = module.to(dtype).eval()
             stock, x = module.forward, torch.randn(1, 9, 24).to(dtype)
-            assert _fuse_gate(module, kernels(), dtype) == taken
+            assert _fuse_gate(module, kernels(), dtype, {}) == taken
             torch.testing.assert_close(module(x), stock(x), **close(dtype))
+
+
+def test_modules_of_one_kind_are_told_apart_by_their_settings() -> None:
+    """One check serves all that are alike, and a gate that only looks alike has its own."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        kinds: dict = {}
+        same = [Gate(nn.SiLU()).eval() for _ in range(2)]
+        assert all(_fuse_gate(module, kernels(), torch.float32, kinds) for module in same) and len(kinds) == 1
+        for other in (Gate(nn.SiLU(), 1.5).eval(), Gate(nn.GELU()).eval()):
+            assert not _fuse_gate(other, kernels(), torch.float32, kinds)
+        assert len(kinds) == 3
+        norms = [Norm(16, kind, 1e-5).bfloat16().eval() for kind in (0, 1, 2, 3, 0)]
+        found = [_fuse_norm(norm, kernels(), kinds) for norm in norms]
+        assert [norm and norm.kind for norm in found] == [0, 1, 2, None, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

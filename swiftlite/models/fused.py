@@ -37,12 +37,13 @@ class Fused:
 def fuse(model: PreTrainedModel, kernels: Kernels, dtype: torch.dtype | None = None) -> Fused:
     """Replace what the kernels do equally, in `dtype` (None: the model's). Steps whose own weights are trained stay as they are."""
     done, dtype = Fused(kernels), dtype or model.dtype
+    kinds: dict[Any, Any] = {}  # what was found out about a kind of module: a model has many of each
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            norm = _fuse_norm(module, kernels)
+            norm = _fuse_norm(module, kernels, kinds)
             if norm is not None:
                 done.norms[module] = norm
-        elif {name for name, _ in module.named_children()} == GATE_PARTS and _fuse_gate(module, kernels, dtype):
+        elif {name for name, _ in module.named_children()} == GATE_PARTS and _fuse_gate(module, kernels, dtype, kinds):
             done.gates.add(module)
     done.ropes = _fuse_rope(model, kernels, dtype)
     return done
@@ -74,11 +75,22 @@ def _probes(*shape: int, dtype: torch.dtype) -> list[Tensor]:
     return [(torch.randn(*shape, generator=generator) * scale).to(dtype) for scale in (1.0, 30.0, 1e-3)]
 
 
+def _kind(*modules: nn.Module) -> tuple[Any, ...]:
+    """Modules of one kind do the same with their weights: one class, whose own settings are equal."""
+    found: list[Any] = []
+    for module in modules:
+        found.append(type(module))
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                found.append((name, value if isinstance(value, (int, float, str)) else id(value)))
+    return tuple(found)
+
+
 def _takes(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype and x.ndim in (3, 4) and x.shape[0] == 1 and x.stride(-1) == 1
 
 
-def _fuse_norm(module: nn.Module, kernels: Kernels) -> Norm | None:
+def _fuse_norm(module: nn.Module, kernels: Kernels, kinds: dict[Any, Any]) -> Norm | None:
     weights = dict(module.named_parameters())
     scalars = {value for value in vars(module).values() if isinstance(value, float) and 0 < value < 0.1}
     if set(weights) != {"weight"} or weights["weight"].ndim != 1 or len(scalars) != 1:
@@ -86,40 +98,43 @@ def _fuse_norm(module: nn.Module, kernels: Kernels) -> Norm | None:
     if kernels.differentiable and weights["weight"].requires_grad:  # its gradient is torch's matter
         return None
     weight, eps = weights["weight"].detach(), scalars.pop()
-    stock: Callable[[Tensor], Tensor] = module.forward
+    key = _kind(module), weight.dtype, weight.shape
+    if key not in kinds:
+        kinds[key] = _norm_kind(module, kernels, weight, eps)
+    kind, stock = kinds[key], module.forward
+    if kind is None:
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, weight, eps, kind) if _takes(x, weight.dtype) else stock(x)
+
+    _set_forward(module, forward)
+    return Norm(weight, eps, kind)
+
+
+def _norm_kind(module: nn.Module, kernels: Kernels, weight: Tensor, eps: float) -> int | None:
+    """NormKind in steps.h of a module, or None: another."""
     probes = _probes(1, 5, 3, weight.shape[0], dtype=weight.dtype)
     try:
-        wanted = [stock(x) for x in probes]
+        wanted = [module.forward(x) for x in probes]
     except (RuntimeError, TypeError):  # it wants other arguments
         return None
     if any(y.dtype != weight.dtype for y in wanted):
         return None
     for kind in range(NORM_KINDS):
         if all(_same(kernels.rms_norm(x, weight, eps, kind), y) for x, y in zip(probes, wanted, strict=True)):
-
-            def forward(x: Tensor, kind: int = kind) -> Tensor:
-                return kernels.rms_norm(x, weight, eps, kind) if _takes(x, weight.dtype) else stock(x)
-
-            _set_forward(module, forward)
-            return Norm(weight, eps, kind)
+            return kind
     return None
 
 
-def _fuse_gate(module: Any, kernels: Kernels, dtype: torch.dtype) -> bool:
-    gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-    if not (hasattr(gate, "out_features") and hasattr(up, "out_features")):  # linears, or what an adapter made of them
-        return False
-    activation = module.get_submodule("act_fn")
-    first, second = _probes(1, 4, gate.out_features, dtype=dtype)[:2]
-    if not _same(kernels.silu_mul(first, second), activation(first) * second):
+def _fuse_gate(module: Any, kernels: Kernels, dtype: torch.dtype, kinds: dict[Any, Any]) -> bool:
+    linears = tuple(type(module.get_submodule(name)) for name in ("gate_proj", "up_proj", "down_proj"))
+    key = _kind(module, module.get_submodule("act_fn")), linears, tuple(one.dtype for one in module.parameters())
+    if key not in kinds:
+        kinds[key] = _is_gate(module, kernels, dtype)
+    if not kinds[key]:
         return False
     stock: Callable[[Tensor], Tensor] = module.forward
-    x = torch.cat(_probes(1, 3, gate.in_features, dtype=dtype), dim=1)  # in one product: each reads all of the weights
-    try:
-        if not torch.equal(stock(x), down(activation(gate(x)) * up(x))):  # the module does nothing else
-            return False
-    except RuntimeError:  # a float32 copy that is trained, beside a bfloat16 model
-        return False
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != dtype or x.ndim != 3 or x.shape[0] != 1:
@@ -128,6 +143,22 @@ def _fuse_gate(module: Any, kernels: Kernels, dtype: torch.dtype) -> bool:
 
     _set_forward(module, forward)
     return True
+
+
+def _is_gate(module: Any, kernels: Kernels, dtype: torch.dtype) -> bool:
+    """Whether a module is down(silu(gate(x)) * up(x)) and nothing else."""
+    gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+    if not (hasattr(gate, "out_features") and hasattr(up, "out_features")):  # linears, or what an adapter made of them
+        return False
+    activation = module.get_submodule("act_fn")
+    first, second = _probes(1, 4, gate.out_features, dtype=dtype)[:2]
+    if not _same(kernels.silu_mul(first, second), activation(first) * second):
+        return False
+    x = torch.cat(_probes(1, 3, gate.in_features, dtype=dtype), dim=1)  # in one product: each reads all of the weights
+    try:
+        return torch.equal(module.forward(x), down(activation(gate(x)) * up(x)))
+    except RuntimeError:  # a float32 copy that is trained, beside a bfloat16 model
+        return False
 
 
 class _Rope:
