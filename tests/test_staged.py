@@ -87,6 +87,12 @@ def _linears(runner: Runner) -> list:
     return [layer.self_attn.q_proj.fused.product, layer.mlp.down_proj]
 
 
+def test_int8_in_float32_goes_step_by_step(make_model) -> None:
+    """Stages are bfloat16: a float32 model keeps its fused layers, whose steps are called one by one."""
+    runner = Runner(make_model("qwen3"), EngineConfig(num_blocks=200, block_size=4, quantization="int8"), torch.float32, CPU)
+    assert runner.fused_layers == len(runner.model.model.layers)
+
+
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_adapters_are_stages_too(quantization: str | None, make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any mix of rows with and without, whichever linears an adapter has, as the batch changes."""

@@ -8,7 +8,6 @@ together with their neighbours as one call (staged.py); else their linears stay 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +56,7 @@ def fuse_layers(bridge: Bridge, fused: Fused) -> int:
         return 0
     before = _trial(bridge)
     owned = [vars(layer.module).get("forward") for layer in layers]
-    for layer, stack in zip(layers, _stacks(layers, bridge.library), strict=True):
+    for layer, stack in zip(layers, _stacks(layers, bridge), strict=True):
         layer.module.forward = _forward(layer, stack, fused.kernels)  # type: ignore[method-assign]
     try:
         after = _trial(bridge)
@@ -105,10 +104,10 @@ def _qualify(module: nn.Module, bridge: Bridge, fused: Fused) -> _Layer | None:
     return _Layer(module, layer, first, second, heads, projections, [mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down")])
 
 
-def _stacks(layers: list[_Layer], library: ctypes.CDLL | None) -> list[Stack | None]:
+def _stacks(layers: list[_Layer], bridge: Bridge) -> list[Stack | None]:
     """The stack of each layer: those that can be stages, with their neighbours."""
     found: list[Stack | None] = [None] * len(layers)
-    if library is None:
+    if bridge.library is None or bridge.model.dtype != torch.bfloat16:  # int8 panels take float32 too, but not as stages
         return found
     runs: list[list[tuple[int, Parts]]] = []
     for place, layer in enumerate(layers):
@@ -121,7 +120,7 @@ def _stacks(layers: list[_Layer], library: ctypes.CDLL | None) -> list[Stack | N
             runs.append([(place, parts)])
     room = Room()
     for run in runs:
-        stack = Stack(library, [parts for _, parts in run], room)
+        stack = Stack(bridge.library, [parts for _, parts in run], room)
         for place, _ in run:
             found[place] = stack
     return found
