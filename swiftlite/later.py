@@ -21,6 +21,7 @@ COMPILER = "torch._dynamo"
 TRACED, NAME = f"{COMPILER}._trace_wrapped_higher_order_op", "TransformGetItemToIndex"  # of which transformers' masks take one name
 
 _notes: list[Callable[[Any], Any]] = []  # what to do with the real compiler
+_real: list[Any] = []  # the real compiler, once it is whole
 
 
 class _StandIn(types.ModuleType):
@@ -30,20 +31,29 @@ class _StandIn(types.ModuleType):
         super().__init__(COMPILER)
         found = importlib.machinery.PathFinder.find_spec(COMPILER, torch.__path__)
         assert found is not None
+        self.__spec__ = found
         self.__file__, self.__path__ = found.origin, found.submodule_search_locations  # type: ignore[assignment]
+
+    # Whoever took one of these may keep it: once the real compiler is there, they are its own.
 
     @staticmethod
     def allow_in_graph(fn: Any) -> Any:
+        if _real:
+            return _real[0].allow_in_graph(fn)
         _notes.append(lambda compiler: compiler.allow_in_graph(fn))
         return fn
 
     @staticmethod
     def assume_constant_result(fn: Any) -> Any:
+        if _real:
+            return _real[0].assume_constant_result(fn)
         _notes.append(lambda compiler: compiler.assume_constant_result(fn))
         return fn
 
     @staticmethod
     def disable(fn: Any = None, recursive: bool = True, **options: Any) -> Any:
+        if _real or not isinstance(fn, types.FunctionType | None):  # a module or a class is changed, not wrapped
+            return _import().disable(fn, recursive, **options)
         if fn is None:
             return functools.partial(_StandIn.disable, recursive=recursive, **options)
         now = [fn]
@@ -58,6 +68,8 @@ class _StandIn(types.ModuleType):
     @staticmethod
     def graph_break(msg: str = "") -> None:
         """Nothing, outside of compiled code."""
+        if _real:
+            _real[0].graph_break(msg)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -100,7 +112,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name.startswith(f"{COMPILER}.") and isinstance(sys.modules.get(COMPILER), _StandIn):
             _import()
-            return importlib.machinery.ModuleSpec(name, self) if name in sys.modules else None  # not a second time
+            module = sys.modules.get(name)
+            if module is None:
+                return None
+            # Not a second time. The import system asks the module for its spec rather than us, so it has ours meanwhile.
+            spec = importlib.machinery.ModuleSpec(name, self, loader_state=module.__spec__)
+            vars(module)["__spec__"] = spec  # torch's modules of settings refuse other ways
+            return spec
         if name != COMPILER:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
@@ -110,6 +128,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             def run_all(module: types.ModuleType) -> None:
                 run(module)
                 sys.meta_path.remove(self)
+                _real.append(module)
                 for note in _notes:
                     note(module)
 
@@ -121,6 +140,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         """It is done."""
+        vars(module)["__spec__"] = vars(module)["__spec__"].loader_state
 
 
 @contextmanager

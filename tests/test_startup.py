@@ -136,6 +136,34 @@ def test_the_compiler_comes_when_it_is_asked_for(how: str, make_model: Callable[
     assert "imported: torch.distributed.tensor\n" in done.stdout
 
 
+KEPT = """
+import importlib.util, sys
+from swiftlite import startup
+startup.begin()
+import torch
+from swiftlite.later import compiler_later
+with compiler_later():
+    import torch._dynamo as kept
+    from torch._dynamo import allow_in_graph, disable
+    assert importlib.util.find_spec("torch._dynamo").origin == kept.__file__
+    assert sys.modules["torch._dynamo"] is kept and type(kept).__name__ == "_StandIn"
+    import torch._dynamo.config as config  # a part of it: run once, though the stand-in was its parent until now
+from torch._dynamo import convert_frame
+assert convert_frame.config is config is torch._dynamo.config is sys.modules["torch._dynamo.config"]
+assert config.__spec__.origin.endswith("config.py")
+late = [disable(lambda x: x + 1), kept.disable(lambda x: x + 1), disable(recursive=False)(lambda x: x + 1)]
+assert all(one._torchdynamo_disable for one in late)
+class Layer(torch.nn.Module):
+    pass
+assert disable(Layer) is Layer
+"""
+
+
+def test_what_was_taken_from_the_stand_in_is_the_compilers_own_later() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_process_of_ours_has_no_distributed_tensors(make_model: Callable[..., Path]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMPILER, make_model("llama"), "whole", "alone"], capture_output=True, text=True, timeout=240
