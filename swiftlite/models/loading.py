@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,24 +41,34 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+_lock = threading.Lock()
+_draws: dict[str, Any] = {}  # torch's own functions while others stand in for them
+_within: list[None] = []  # one for each thread that is in `no_draws`
+
+
 @contextmanager
 def no_draws() -> Iterator[None]:
     """Parameters without memory are not filled with random numbers: each model is built of such before its weights come, and the first
     draw imports torch's compiler."""
     from torch.nn import init
 
-    own = {name: getattr(init, name) for name in ("normal_", "uniform_", "kaiming_uniform_")}
-
     def spared(fill: Any) -> Any:
         return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else fill(tensor, *args, **kwargs)
 
-    for name, fill in own.items():
-        setattr(init, name, spared(fill))
+    with _lock:
+        if not _within:  # the first puts the stand-ins there and the last takes them away: threads may load models at one time
+            _draws.update({name: getattr(init, name) for name in ("normal_", "uniform_", "kaiming_uniform_")})
+            for name, fill in _draws.items():
+                setattr(init, name, spared(fill))
+        _within.append(None)
     try:
         yield
     finally:
-        for name, fill in own.items():
-            setattr(init, name, fill)
+        with _lock:
+            _within.pop()
+            if not _within:
+                for name, fill in _draws.items():
+                    setattr(init, name, fill)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
