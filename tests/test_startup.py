@@ -79,7 +79,7 @@ def test_models_are_listed_once_and_the_list_is_transformers_own() -> None:
 LIGHT = """
 import sys
 from swiftlite import cli, startup
-startup.begin = lambda *_: sys.exit("begun with " + str(sorted({"torch", "transformers", "numpy", "jinja2"} & set(sys.modules))))
+startup.begin = lambda *_, **__: sys.exit("begun with " + str(sorted({"torch", "transformers", "numpy", "jinja2"} & set(sys.modules))))
 cli.main(["sft", "--model", "tiny-chat", "--dataset", "tiny-chat"])
 """
 
