@@ -116,9 +116,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             if module is None:
                 return None
             # Not a second time. The import system asks the module for its spec rather than us, so it has ours meanwhile.
-            spec = importlib.machinery.ModuleSpec(name, self, loader_state=module.__spec__)
-            vars(module)["__spec__"] = spec  # torch's modules of settings refuse other ways
-            return spec
+            done = importlib.machinery.ModuleSpec(name, self, loader_state=module.__spec__)
+            vars(module)["__spec__"] = done  # torch's modules of settings refuse other ways
+            return done
         if name != COMPILER:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
