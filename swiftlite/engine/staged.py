@@ -106,7 +106,7 @@ class _Layer:
         self.after = norming(self.width)  # the norm of the next layer
         self.attention = Args()
         describe(self.attention, layer, parts.heads)
-        self.gating = Gating(dim=self.act, is_bf16=True)
+        self.gating = Gating(dim=self.act)
         self.products: list[Stage] = [linear.packed.stage(linear.bias) for linear in linears]
         packed = linears.gate_up.packed
         self.gated: Stage | None = packed.gated(linears.gate_up.bias) if isinstance(packed, PanelWeight) else None
@@ -151,7 +151,7 @@ class _Layer:
         if self.gated is not None:
             product = self.gated[1]
             product.x, product.out, product.rows, product.stride = at["x"], at["act"], rows, stride
-        self.gating.both, self.gating.out, self.gating.rows, self.gating.out_stride = at["both"], at["act"], rows, self.act
+        self.gating.both, self.gating.out, self.gating.rows = at["both"], at["act"], rows
         for one in (self.between, self.after):
             one.rows, one.out, one.out_stride, one.a_stride, one.b = rows, at["x"], stride, self.width, at["y"]
         self.between.a, self.between.total = at["hidden"], at["sum"]
@@ -159,7 +159,7 @@ class _Layer:
 
 
 def norming(width: int, norm: Norm | None = None) -> Norming:
-    done = Norming(dim=width, is_bf16=True)
+    done = Norming(dim=width)
     if norm is not None:
         done.w, done.eps, done.kind = norm.weight.data_ptr(), norm.eps, norm.kind
     return done

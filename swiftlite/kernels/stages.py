@@ -43,7 +43,7 @@ class Norming(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "total", "a", "b", "w")),
         *((name, ctypes.c_int64) for name in ("rows", "out_stride", "a_stride")),
-        *((name, ctypes.c_int32) for name in ("is_bf16", "dim", "kind")),
+        *((name, ctypes.c_int32) for name in ("dim", "kind")),
         ("eps", ctypes.c_float),
     )
 
@@ -53,6 +53,6 @@ class Gating(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "both")),
-        *((name, ctypes.c_int64) for name in ("rows", "out_stride")),
-        *((name, ctypes.c_int32) for name in ("is_bf16", "dim")),
+        ("rows", ctypes.c_int64),
+        ("dim", ctypes.c_int32),
     )
