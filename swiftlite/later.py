@@ -79,13 +79,14 @@ class _StandIn(types.ModuleType):
 
 def _context() -> Any:
     """The context manager of that name."""
+    _import()  # else what is found under that name may be the stand-in's
     return getattr(importlib.import_module(TRACED), NAME)()
 
 
 def _name_found(_: Any) -> None:
     """The modules of transformers that took the stand-in's name get the real one."""
     real = getattr(importlib.import_module(TRACED), NAME)
-    for module in [one for name, one in sys.modules.items() if name.startswith("transformers.")]:
+    for module in [one for name, one in list(sys.modules.items()) if name.startswith("transformers.")]:
         if vars(module).get(NAME) is _context:
             setattr(module, NAME, real)
 

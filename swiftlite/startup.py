@@ -39,6 +39,7 @@ def begin(model_dir: Path | None = None, *, alone: bool = False) -> None:
     try:
         _import_models()
         with compiler_later(), no_distributed_tensors() if alone else nullcontext():
+            # what models' files import first, so that its marks for the compiler are noted as well
             import transformers.masking_utils
             import transformers.modeling_layers
             import transformers.modeling_utils  # noqa: F401

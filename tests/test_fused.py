@@ -93,6 +93,15 @@ class Gate(nn.Module):
         return self.factor * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Scaled(nn.Module):
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x) * self.scale
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gates(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -114,6 +123,10 @@ def test_modules_of_one_kind_are_told_apart_by_their_settings() -> None:
         for other in (Gate(nn.SiLU(), 1.5).eval(), Gate(nn.GELU()).eval()):
             assert not _fuse_gate(other, kernels(), torch.float32, kinds)
         assert len(kinds) == 3
+        scaled = [Gate(nn.SiLU(), 1.0).eval() for _ in range(2)]
+        for gate, scale in zip(scaled, (1.0, 2.0), strict=True):  # what only a buffer tells apart
+            gate.act_fn = Scaled(torch.tensor(scale))
+        assert [_fuse_gate(gate, kernels(), torch.float32, kinds) for gate in scaled] == [True, False]
         norms = [Norm(16, kind, 1e-5).bfloat16().eval() for kind in (0, 1, 2, 3, 0)]
         found = [_fuse_norm(norm, kernels(), kinds) for norm in norms]
         assert [norm and norm.kind for norm in found] == [0, 1, 2, None, 0]

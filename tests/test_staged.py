@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_runner import CPU, Item, Seq, prompts_for
 
+from swiftlite.engine.attention_cpu import SequenceSlice
+from swiftlite.engine.bridge import ForwardBatch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.panels import Panels
 from swiftlite.engine.runner import Runner
@@ -144,3 +146,22 @@ def test_layers_between_that_are_no_stages(make_model, monkeypatch: pytest.Monke
     assert len(seen) == runner.fused_layers == 3 and calls == 3 * 2
     for left, right, whole in zip(together, apart, wanted, strict=True):
         assert torch.equal(left, right) and torch.equal(left, whole)
+
+
+def test_rows_of_no_sequence(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that fill a batch up are nobody's: nothing is stored for them, and the others do not notice."""
+    runner = make(make_model("qwen3"))
+    ids, positions, index = torch.tensor([3, 4, 5, 6, 7, 8]), torch.tensor([0, 1, 2, 3, 0, 0]), torch.arange(4)
+    slots = torch.tensor([0, 1, 2, 3, -1, -1])
+    pieces = [SequenceSlice(0, 4, 0, [0])]
+
+    def run() -> list[torch.Tensor]:
+        some = runner.bridge.forward(ForwardBatch(ids, positions, slots, pieces, index), runner.cache)
+        fewer = runner.bridge.forward(ForwardBatch(ids[:4], positions[:4], slots[:4], pieces, index), runner.cache)
+        return [some, fewer]
+
+    together, apart, calls = both_ways(monkeypatch, run)
+    assert calls == 2
+    for left, right in zip(together, apart, strict=True):
+        assert torch.equal(left, right)
+    assert torch.equal(together[0], together[1])

@@ -49,12 +49,12 @@ def sft(options: Options) -> dict[str, Any]:
     before = flags.read_resumed(options, resumed) if resumed else ({}, None, {})
     start_from = None if resumed else flags.start_from(options)
     model_dir = flags.check(options)
-    alone = ranks.world == 1 and options.fsdp is None and not options.torch_compile
-    startup.begin(model_dir, alone=alone)
+    single = ranks.world == 1 and options.fsdp is None and not options.torch_compile
+    startup.begin(model_dir, alone=single)
     from swiftlite.models.device import choose_device
 
     device = choose_device(ranks.device(options.device))
-    with ranks.joined(device), compiler_later() if alone else contextlib.nullcontext():
+    with ranks.joined(device), compiler_later() if single else contextlib.nullcontext():
         return _train(options, ranks, device, model_dir, start_from, resumed, *before)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -39,7 +40,7 @@ class Args(ctypes.Structure):
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMSNorms of q and k heads that the kernel does on the way (see fused.cpp for the kinds)."""
+    """RMSNorms of q and k heads that the kernel does on the way (NormKind in steps.h)."""
 
     q: Tensor  # [Dk]
     k: Tensor  # [Dk]
@@ -73,8 +74,13 @@ class NativeBatch:
             block_size=size,
             is_bf16=cache.dtype == torch.bfloat16,
         )
-        self.run = Run(library, [(library.swift_paged_attention, self.args)])
+        self.library = library
         self.done: object = None  # the layers that this batch has passed as one call
+
+    @cached_property
+    def run(self) -> Run:
+        """Attention alone, for layers that are not stages of one call."""
+        return Run(self.library, [(self.library.swift_paged_attention, self.args)])
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [H, T, Dk], k [G, T, Dk], v [G, T, Dv], new tokens -> [T, H, Dv]; K and V are stored first."""
@@ -115,8 +121,9 @@ class NativeBatch:
     def give(self, args: Args, layer: AttentionLayer, rotation: tuple[Tensor, Tensor] | None) -> None:
         """What of `args` is the batch's: where its rows are stored and what they see, and their rotation, contiguous [1, T, Dk] each."""
         own, index = self.args, layer.index
-        args.slots, args.tables, args.sequences = own.slots, own.tables, own.sequences
-        args.tokens, args.num_sequences, args.block_size, args.is_bf16 = own.tokens, own.num_sequences, own.block_size, own.is_bf16
+        if args is not own:
+            args.slots, args.tables, args.sequences = own.slots, own.tables, own.sequences
+            args.tokens, args.num_sequences, args.block_size, args.is_bf16 = own.tokens, own.num_sequences, own.block_size, own.is_bf16
         args.keys, args.values = self.cache.keys[index].data_ptr(), self.cache.values[index].data_ptr()
         args.cos, args.sin = (None, None) if rotation is None else (rotation[0].data_ptr(), rotation[1].data_ptr())
 

@@ -1,6 +1,6 @@
 """Adapters by the C++ kernel (lora.cpp): all segments of a batch in one call per linear or fused linear, and quick packing of files.
 
-Tables of pointers and `_Args` must describe the same memory as the tensors: the kernel checks nothing. It knows stacks and rows, not
+Tables of pointers and `Args` must describe the same memory as the tensors: the kernel checks nothing. It knows stacks and rows, not
 names, versions or modules. Letters: T rows, R rank, S slots.
 """
 
@@ -22,7 +22,7 @@ from swiftlite.kernels.stages import Run
 MANY_ROWS = 16  # a segment of more rows is cut into larger pieces of work
 
 
-class _Args(ctypes.Structure):
+class Args(ctypes.Structure):
     """struct Args of lora.cpp."""
 
     _fields_ = (
@@ -113,46 +113,50 @@ class NativeJob:
         self.dtype, self.itemsize = stack.rows.dtype, stack.rows.element_size()
         # one element more: the kernel reads ranks in pairs
         self.scratch = torch.empty(first * max(self.columns) + 1, dtype=self.dtype)
-        self._common = {
-            "segments": self.segments.data_ptr(), "num_segments": len(rows) // 3, "is_bf16": self.dtype == torch.bfloat16,
-            "wide": longest > MANY_ROWS,
-        }  # fmt: skip
+        self.count, self.wide = len(rows) // 3, longest > MANY_ROWS
+        self.pattern = [columns > 0 for columns in self.columns]  # which groups are adapted at all
 
     def adapts(self, group: int, part: int | None = None) -> bool:
         return self.columns[group] > 0 if part is None else self.adapted[group][part]
 
-    def stage(self, group: int, first: int, end: int, h: Tensor | None = None) -> tuple[Any, _Args]:
+    def stage(self, group: int, first: int, end: int) -> tuple[Any, Args]:
         """Adding to parts `first` to `end` of a group as a stage: x, y (of the group's first part) and their strides are for the caller
-        to fill in. With `h` the A product is there already; else all parts' goes to the scratch memory."""
-        args, owner = _Args(**self._common), self.owner
-        args.shrink, args.h, args.h_stride = h is None, (self.scratch if h is None else h).data_ptr(), self.columns[group]
-        args.outs, args.entry, args.width = owner.outs_at[group], group * (2 + 3 * owner.parts), owner.widths[group]
-        args.first_part, args.end_part = first, end
+        to fill in."""
+        owner = self.owner
+        args = Args(
+            outs=owner.outs_at[group], entry=group * (2 + 3 * owner.parts), width=owner.widths[group], first_part=first, end_part=end,
+            shrink=True, is_bf16=self.dtype == torch.bfloat16,
+        )  # fmt: skip
+        self.give(args, group)
         return owner.library.swift_lora, args
+
+    def give(self, args: Args, group: int) -> None:
+        """What of a stage's arguments is this batch's."""
+        args.segments, args.num_segments, args.wide = self.segments.data_ptr(), self.count, self.wide
+        args.h, args.h_stride = self.scratch.data_ptr(), self.columns[group]
 
     def multiply(self, weight: PanelWeight, bias: Tensor | None, group: int, first: int, end: int, x: Tensor) -> Tensor:
         """The base's product [1, T, out] of x [1, T, in] with the adapters' added, in one call. No segment's rows go beyond T."""
         x, y = weight.prepare(x, bias)
-        adding = self._adding(group, first, end, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), None)
+        adding = self._adding(group, first, end, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         Run(self.owner.library, [(self.owner.library.swift_linear, weight.product), adding])()
         return y
 
     def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:
-        fresh = h is None
-        if h is None and end - first == len(self.owner.starts[group]):
-            h = self.scratch  # nobody asks for it again
-        elif h is None:
-            h = torch.empty(x.shape[0] * self.columns[group] + 1, dtype=self.dtype)
         if x.stride(1) != 1:
             x = x.contiguous()
-        function, args = self._adding(group, first, end, x, y, None if fresh else h)
+        function, args = self._adding(group, first, end, x, y)
+        args.shrink = h is None
+        if h is None:  # nobody asks for the A product of all parts again
+            whole = end - first == len(self.owner.starts[group])
+            h = self.scratch if whole else torch.empty(x.shape[0] * self.columns[group] + 1, dtype=self.dtype)
         args.h = h.data_ptr()
         Run(self.owner.library, [(function, args)])()
         return h
 
-    def _adding(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> tuple[Any, _Args]:
+    def _adding(self, group: int, first: int, end: int, x: Tensor, y: Tensor) -> tuple[Any, Args]:
         """`stage` for rows x [T, in], with unit stride in a row, and results y [T, outs of the parts]."""
-        function, args = self.stage(group, first, end, h)
+        function, args = self.stage(group, first, end)
         args.x, args.y = x.data_ptr(), y.data_ptr() - self.owner.starts[group][first] * self.itemsize
         args.x_stride, args.y_stride = x.stride(0), y.stride(0)
         return function, args

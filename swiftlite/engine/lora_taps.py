@@ -49,9 +49,10 @@ class Group:
 class Tap:
     """Stands in for a module's `forward`."""
 
-    def __init__(self, module: nn.Module, apply: Callable[[Tensor, Tensor], None], linear: _Whole | _Part | None = None) -> None:
-        """`apply(x, y)` changes the stock result y in place; `linear` is what does so where the module is one."""
-        self.module, self.apply, self.linear = module, apply, linear
+    def __init__(self, module: nn.Module, apply: Callable[[Tensor, Tensor], None]) -> None:
+        """`apply(x, y)` changes the stock result y in place."""
+        self.module, self.apply = module, apply
+        self.linear = apply if isinstance(apply, (_Whole, _Part)) else None
         self.stock: Callable[[Tensor], Tensor] = module.forward
         self.own: Callable[[Tensor], Tensor] | None = None  # a forward that the module had on the instance
 
@@ -121,10 +122,10 @@ class Layers:
             if whole is not None:
                 fused[id(whole)] = group
                 every = _Whole(self, group, whole)
-                self._taps.append(Tap(whole.product, every, every))
+                self._taps.append(Tap(whole.product, every))
             else:
                 some = [_Part(self, group, i, found[part]) for i, part in enumerate(parts)]
-                self._taps += [Tap(one.linear, one, one) for one in some]
+                self._taps += [Tap(one.linear, one) for one in some]
 
     @staticmethod
     def _siblings(name: str, found: dict[str, nn.Linear]) -> list[str]:

@@ -16,7 +16,7 @@ from swiftlite.kernels.stages import Run
 from swiftlite.models.packed import OneDnnWeight, Pack, PackedWeight, join_rows
 from swiftlite.pages import zeros
 
-PANEL = 32  # outputs (WIDTH in linear.h)
+PANEL = 32  # outputs (WIDTH in panels.h)
 
 
 class Product(ctypes.Structure):

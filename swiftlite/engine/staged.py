@@ -19,7 +19,7 @@ from swiftlite.engine.attention_native import Args, HeadNorms, NativeBatch, desc
 from swiftlite.engine.int8 import PanelInt8
 from swiftlite.engine.kv import AttentionLayer
 from swiftlite.engine.lora_native import NativeJob
-from swiftlite.engine.lora_taps import Tap
+from swiftlite.engine.lora_taps import Group, Tap
 from swiftlite.engine.panels import PanelWeight
 from swiftlite.kernels.stages import Gating, Norming, Run, Stage
 from swiftlite.kernels.steps import Norm
@@ -93,7 +93,8 @@ class Parts:
 class _Layer:
     """A layer's structures."""
 
-    def __init__(self, library: ctypes.CDLL, parts: Parts, room: Room) -> None:
+    def __init__(self, library: ctypes.CDLL, parts: Parts, then: Norm | None, room: Room) -> None:
+        """`then` is the norm of the next layer, if there is one."""
         self.library, self.parts = library, parts
         layer, linears = parts.attention, parts.linears
         self.width, self.act = linears.down.out_features, linears.down.in_features
@@ -102,8 +103,8 @@ class _Layer:
             x=self.width + PAD, qkv=linears.qkv.out_features, rotated=layer.heads * layer.head_dim, mixed=self.mixed, y=self.width,
             both=2 * self.act, act=self.act, sum=self.width, hidden=self.width,
         )  # fmt: skip
-        self.between = norming(self.width, parts.between)
-        self.after = norming(self.width)  # the norm of the next layer
+        self.between = _norming(self.width, parts.between)
+        self.after = _norming(self.width, then)
         self.attention = Args()
         describe(self.attention, layer, parts.heads)
         self.gating = Gating(dim=self.act)
@@ -129,8 +130,14 @@ class _Layer:
     def _adding(job: NativeJob | None, linear: PackedLinear) -> Stage | None:
         if job is None:
             return None
-        group = vars(linear)["forward"].linear.group
+        group = _group(linear)
         return job.stage(group.index, 0, len(group.parts)) if job.adapts(group.index) else None
+
+    def give(self, job: NativeJob) -> None:
+        """Another job that adapts the same linears."""
+        for added, linear in zip(self.added, self.parts.linears, strict=True):
+            if added is not None:
+                job.give(added[1], _group(linear).index)
 
     def fill(self, rows: int, at: dict[str, int]) -> None:
         """Where each stage reads and writes `rows` rows."""
@@ -153,12 +160,17 @@ class _Layer:
             product.x, product.out, product.rows, product.stride = at["x"], at["act"], rows, stride
         self.gating.both, self.gating.out, self.gating.rows = at["both"], at["act"], rows
         for one in (self.between, self.after):
-            one.rows, one.out, one.out_stride, one.a_stride, one.b = rows, at["x"], stride, self.width, at["y"]
+            one.rows, one.out, one.out_stride, one.b = rows, at["x"], stride, at["y"]
         self.between.a, self.between.total = at["hidden"], at["sum"]
         self.after.a, self.after.total = at["sum"], at["hidden"]
 
 
-def norming(width: int, norm: Norm | None = None) -> Norming:
+def _group(linear: PackedLinear) -> Group:
+    """Of a linear with a tap."""
+    return vars(linear)["forward"].linear.group
+
+
+def _norming(width: int, norm: Norm | None = None) -> Norming:
     done = Norming(dim=width)
     if norm is not None:
         done.w, done.eps, done.kind = norm.weight.data_ptr(), norm.eps, norm.kind
@@ -170,10 +182,9 @@ class Stack:
 
     def __init__(self, library: ctypes.CDLL, layers: Sequence[Parts], room: Room) -> None:
         self.library, self.room = library, room
-        self.layers = [_Layer(library, parts, room) for parts in layers]
-        self.before = norming(self.layers[0].width, layers[0].before)
-        for one, then in zip(self.layers, layers[1:], strict=False):
-            one.after = norming(one.width, then.before)
+        norms = [*(parts.before for parts in layers[1:]), None]
+        self.layers = [_Layer(library, parts, then, room) for parts, then in zip(layers, norms, strict=True)]
+        self.before = _norming(self.layers[0].width, layers[0].before)
         self._qkv = layers[0].linears.qkv  # one of its linears has a tap when all have
         self._rows: tuple[int, int] = -1, -1  # what the structures are filled in for, and the room's then
         self._job: NativeJob | None = None
@@ -192,9 +203,8 @@ class Stack:
         out = torch.empty_like(hidden)
         self.room.grow(rows)
         if self._run is None or job is not self._job:
-            stages = [stage for layer in self.layers for stage in layer.stages(job)]
-            self._run, self._job = Run(self.library, [(self.library.swift_norming, self.before), *stages]), job
-            self._rows = -1, -1
+            self._arrange(job)
+        assert self._run is not None
         if self._rows != (rows, self.room.rows):
             self._fill(rows)
         first, last = self.layers[0], self.layers[-1]
@@ -207,10 +217,21 @@ class Stack:
         self._run()
         return out
 
+    def _arrange(self, job: NativeJob | None) -> None:
+        """The stages of a batch with other adapters: the same ones where the same linears are adapted, as in most steps."""
+        if self._run is not None and job is not None and self._job is not None and job.pattern == self._job.pattern:
+            for layer in self.layers:
+                layer.give(job)
+        else:
+            stages = [stage for layer in self.layers for stage in layer.stages(job)]
+            self._run = Run(self.library, [(self.library.swift_norming, self.before), *stages])
+            self._rows = -1, -1
+        self._job = job
+
     def _fill(self, rows: int) -> None:
         at = {name: memory.data_ptr() for name, memory in self.room.memory.items()}
         for layer in self.layers:
             layer.fill(rows, at)
         width = self.layers[0].width
-        self.before.rows, self.before.out, self.before.out_stride, self.before.a_stride = rows, at["x"], width + PAD, width
+        self.before.rows, self.before.out, self.before.out_stride = rows, at["x"], width + PAD
         self._rows = rows, self.room.rows

@@ -6,8 +6,6 @@
 // look-ups for 64 weights, and sum(x (2q + 1)) = 2 sum(x q) + sum(x) gives the product back. A panel meets a block of up to 12 rows;
 // further blocks of rows read what the first one left in the second-level cache. With a matrix unit all blocks read it from there.
 // Elsewhere, and for float32 inputs, the same layout goes through plain vectors.
-#include <omp.h>
-
 #include <cfloat>
 #include <cmath>
 #include <vector>

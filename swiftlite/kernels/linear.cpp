@@ -1,4 +1,4 @@
-// Weights into panels and back, the product alone (linear.h), and that of an MLP's gate.
+// Weights into panels and back, the product (linear.h) as a stage, and that of an MLP's gate.
 #include "linear.h"
 #include "stage.h"
 

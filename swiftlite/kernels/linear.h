@@ -57,7 +57,8 @@ const Tile TILES[PANEL_ROWS + 1] = {nullptr,    tile_of<1>, tile_of<2>, tile_of<
 #ifdef SWIFT_AMX
 inline bool by_unit(const Product& p) { return p.rows >= UNIT_ROWS && p.k % DEPTH == 0 && amx_ready(); }
 
-// While the panels [first, last) of `size` elements are multiplied in `steps` steps: the panels behind them, up to `end`.
+// What is fetched while the panels [first, last) of `size` elements are multiplied in `steps` steps: those behind them, up to `end`; with
+// one block of rows what comes soon.
 INLINE Fetch next_panels(const RowBlocks& blocks, const bf16* w, int64_t first, int64_t last, int64_t end, int64_t size, int64_t steps) {
     if (blocks.count == 1) return Fetch(w + first * size + AHEAD * DEPTH * WIDTH, size * 2, steps);
     return Fetch(w + last * size, std::min(last - first, end - last) * size * 2, steps);
@@ -117,8 +118,4 @@ inline void multiply(const Product& p, int index, int count) {
 }
 
 }  // namespace
-#else
-namespace {
-inline void multiply(const Product&, int, int) {}  // such a build packs nothing
-}
 #endif

@@ -1,5 +1,6 @@
-// Adapters of a batch on a CPU: y[row] += B (A x[row]) with each row's own A and B, all segments in one stage. A is [ranks of all parts, in], B is [rank, out] per part; both lie in a slot of a Stack
-// (lora_ops.py). h, the A product, is rounded to the model's dtype; everything else is summed in fp32. lora_native.py calls.
+// Adapters of a batch on a CPU: y[row] += B (A x[row]) with each row's own A and B, all segments in one stage. A is [ranks of all parts, in],
+// B is [rank, out] per part; both lie in a slot of a Stack (lora_ops.py). h, the A product, is rounded to the model's dtype; everything else
+// is summed in fp32. lora_native.py calls.
 #include <atomic>
 #include <vector>
 

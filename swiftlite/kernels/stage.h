@@ -9,8 +9,8 @@
 #include <immintrin.h>
 #endif
 
-// Where a team's threads wait for each other. Stages are microseconds long, so they do not sleep; one whose partner has lost its core gives
-// its own away.
+// Where a team's threads wait for each other. In decoding stages take microseconds, so they do not sleep; one whose partner has lost
+// its core gives its own away.
 class Barrier {
    public:
     void wait(int count) {

@@ -9,19 +9,19 @@
 
 namespace {
 
-// total = a + b, rounded, and out = its norm; without `b` the norm of a, without `w` the sum alone. Rows of out and a lie `*_stride`
-// elements apart.
+// total = a + b, rounded, and out = its norm; without `b` the norm of a, without `w` the sum alone. Rows of out lie
+// `out_stride` elements apart.
 struct Norming {
     bf16 *out, *total;
     const bf16 *a, *b, *w;
-    int64_t rows, out_stride, a_stride;
+    int64_t rows, out_stride;
     int32_t dim, kind;
     float eps;
 };
 
 void norm_rows(const Norming& n, const Team& team) {
     for (int64_t row = team.first(n.rows); row < team.end(n.rows); row++) {
-        const bf16* from = n.a + row * n.a_stride;
+        const bf16* from = n.a + row * n.dim;
         if (n.b) {
             add_row(n.total + row * n.dim, from, n.b + row * n.dim, n.dim);
             from = n.total + row * n.dim;

@@ -42,7 +42,7 @@ class Norming(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "total", "a", "b", "w")),
-        *((name, ctypes.c_int64) for name in ("rows", "out_stride", "a_stride")),
+        *((name, ctypes.c_int64) for name in ("rows", "out_stride")),
         *((name, ctypes.c_int32) for name in ("dim", "kind")),
         ("eps", ctypes.c_float),
     )

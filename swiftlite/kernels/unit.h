@@ -6,7 +6,6 @@
 #pragma once
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "amx.h"
 #include "panels.h"

@@ -1,6 +1,6 @@
 """Small steps of the stock modules as one C++ pass each: RMSNorm, rotary embedding, SiLU gate.
 
-Nothing is replaced by name alone. A candidate is found by its class and then held against the module itself on random input, at
+Nothing is replaced by name alone. A candidate is found by its class, and one of each kind is held against itself on random input, at
 several magnitudes; only what gives the same numbers (to one rounding of the dtype) is taken. Modules stay where they are with
 their parameters; only `forward` changes, so adapters and checkpoints see the stock model.
 On a CPU, float32 and bfloat16; for training too with kernels that have gradients. It does not know about pages or batches.
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from swiftlite.kernels.steps import Kernels, Norm
 
 NORM_KINDS = 3  # NormKind in steps.h
+MODULE_FIELDS = frozenset(vars(nn.Module()))  # what each module has
 GATE_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -75,15 +76,11 @@ def _probes(*shape: int, dtype: torch.dtype) -> list[Tensor]:
     return [(torch.randn(*shape, generator=generator) * scale).to(dtype) for scale in (1.0, 30.0, 1e-3)]
 
 
-def _kind(*modules: nn.Module) -> tuple[Any, ...]:
-    """Modules of one kind do the same with their weights: one class, whose own settings are equal."""
-    found: list[Any] = []
-    for module in modules:
-        found.append(type(module))
-        for name, value in vars(module).items():
-            if not name.startswith("_"):
-                found.append((name, value if isinstance(value, (int, float, str)) else id(value)))
-    return tuple(found)
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Modules of one kind do the same with their weights: one class, with equal settings and no buffers of their own."""
+    own = [(name, value) for name, value in vars(module).items() if name not in MODULE_FIELDS]
+    settings = [(name, value if isinstance(value, (int, float, str)) else id(value)) for name, value in own]
+    return type(module), tuple(settings), tuple(id(buffer) for buffer in module.buffers(recurse=False))
 
 
 def _takes(x: Tensor, dtype: torch.dtype) -> bool:
@@ -128,8 +125,10 @@ def _norm_kind(module: nn.Module, kernels: Kernels, weight: Tensor, eps: float) 
 
 
 def _fuse_gate(module: Any, kernels: Kernels, dtype: torch.dtype, kinds: dict[Any, Any]) -> bool:
+    activation = module.get_submodule("act_fn")
     linears = tuple(type(module.get_submodule(name)) for name in ("gate_proj", "up_proj", "down_proj"))
-    key = _kind(module, module.get_submodule("act_fn")), linears, tuple(one.dtype for one in module.parameters())
+    own = tuple(id(one) for one in (*module.parameters(recurse=False), *activation.parameters()))
+    key = _kind(module), _kind(activation), linears, own, tuple(one.dtype for one in module.parameters())
     if key not in kinds:
         kinds[key] = _is_gate(module, kernels, dtype)
     if not kinds[key]:

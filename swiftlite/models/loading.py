@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,36 +38,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
-
-
-_lock = threading.Lock()
-_draws: dict[str, Any] = {}  # torch's own functions while others stand in for them
-_within: list[None] = []  # one for each thread that is in `no_draws`
-
-
-@contextmanager
-def no_draws() -> Iterator[None]:
-    """Parameters without memory are not filled with random numbers: each model is built of such before its weights come, and the first
-    draw imports torch's compiler."""
-    from torch.nn import init
-
-    def spared(fill: Any) -> Any:
-        return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else fill(tensor, *args, **kwargs)
-
-    with _lock:
-        if not _within:  # the first puts the stand-ins there and the last takes them away: threads may load models at one time
-            _draws.update({name: getattr(init, name) for name in ("normal_", "uniform_", "kaiming_uniform_")})
-            for name, fill in _draws.items():
-                setattr(init, name, spared(fill))
-        _within.append(None)
-    try:
-        yield
-    finally:
-        with _lock:
-            _within.pop()
-            if not _within:
-                for name, fill in _draws.items():
-                    setattr(init, name, fill)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -157,7 +126,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, atten
     if quantization.get("quant_method") == "compressed-tensors":
         config.quantization_config = {**quantization, "dequantize": True}
     try:
-        with quiet(), compiler_later(), no_draws():
+        with quiet(), compiler_later():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, dtype=dtype, device_map=None if device.type == "cpu" else {"": device},
                 attn_implementation=attention, trust_remote_code=False, local_files_only=True, output_loading_info=True, **kwargs,
