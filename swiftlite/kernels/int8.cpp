@@ -59,12 +59,13 @@ INLINE void tile_any(T* out, int64_t n, const float* x, int64_t stride, const in
 }
 
 // out [rows][n] contiguous, x rows `stride` elements apart, scale [n], bias [n] or null
+template <class T>
 struct Int8Product {
-    void* out;
-    const void* x;
+    T* out;
+    const T* x;
     const int8_t* w;
     const float* scale;
-    const void* bias;
+    const T* bias;
     int64_t rows, stride, n, k;
     int32_t is_bf16;
 
@@ -74,18 +75,18 @@ struct Int8Product {
 template <class T>
 class AnyProduct : public Work {
    public:
-    explicit AnyProduct(const Int8Product& product) : p(product), wide(p.rows * p.k) {}
+    explicit AnyProduct(const Int8Product<T>& product) : p(product), wide(p.rows * p.k) {}
 
     void run(const Team& team) override {
         for (int64_t r = team.first(p.rows); r < team.end(p.rows); r++)
-            for (int64_t i = 0; i < p.k; i++) wide[r * p.k + i] = to_float(((const T*)p.x)[r * p.stride + i]);
+            for (int64_t i = 0; i < p.k; i++) wide[r * p.k + i] = to_float(p.x[r * p.stride + i]);
         team.wait();
         for (int64_t panel = team.first(p.panels()); panel < team.end(p.panels()); panel++) {
             const int64_t width = std::min(p.n - panel * WIDTH, (int64_t)WIDTH);
             const int8_t* from = p.w + panel * WIDTH * p.k;
             const float* s = p.scale + panel * WIDTH;
-            const T* b = p.bias ? (const T*)p.bias + panel * WIDTH : nullptr;
-            T* to = (T*)p.out + panel * WIDTH;
+            const T* b = p.bias ? p.bias + panel * WIDTH : nullptr;
+            T* to = p.out + panel * WIDTH;
             int64_t r = 0;
             for (; r + 4 <= p.rows; r += 4) tile_any<4, 1>(to + r * p.n, p.n, wide.data() + r * p.k, p.k, from, s, b, width, p.k);
             for (; r < p.rows; r++) tile_any<1, 4>(to + r * p.n, p.n, wide.data() + r * p.k, p.k, from, s, b, width, p.k);
@@ -93,7 +94,7 @@ class AnyProduct : public Work {
     }
 
    private:
-    const Int8Product p;
+    const Int8Product<T> p;
     std::vector<float> wide;
 };
 
@@ -232,16 +233,9 @@ using Int8Tile = void (*)(bf16*, int64_t, const bf16*, int64_t, const float*, co
     {nullptr, tile<1, s>, tile<2, s>, tile<3, s>, tile<4, s>, tile<5, s>, tile<6, s>, tile<7, s>, tile<8, s>, tile<9, s>, tile<10, s>, tile<11, s>, tile<12, s>}
 const Int8Tile INT8_TILES[3][PANEL_ROWS + 1] = {TILES_FROM(FRESH), TILES_FROM(FRESH_AND_KEPT), TILES_FROM(KEPT)};
 
-struct NarrowProduct {
-    bf16* out;
-    const bf16* x;
-    const int8_t* w;
-    const float* scale;
-    const bf16* bias;
-    int64_t rows, stride, n, k;
+struct NarrowProduct : Int8Product<bf16> {
     const float* sums;  // of each row of x
 
-    int64_t panels() const { return (n + WIDTH - 1) / WIDTH; }
     Outputs outputs(int64_t panel) const { return Outputs(scale + panel * WIDTH, bias ? bias + panel * WIDTH : nullptr, n - panel * WIDTH); }
 };
 
@@ -316,9 +310,7 @@ void multiply_int8_by_unit(const NarrowProduct& p, bf16* kept, int index, int co
 
 class Narrow : public Work {
    public:
-    explicit Narrow(const Int8Product& p)
-        : sums(p.rows),
-          product{(bf16*)p.out, (const bf16*)p.x, p.w, p.scale, (const bf16*)p.bias, p.rows, p.stride, p.n, p.k, sums.data()} {}
+    explicit Narrow(const Int8Product<bf16>& p) : sums(p.rows), product{p, sums.data()} {}
 
     void run(const Team& team) override {
         const int64_t first = team.first(product.rows);
@@ -381,8 +373,8 @@ void swift_int8_unpack(int8_t* out, const int8_t* w, int64_t first, int64_t end,
     }
 }
 
-Work* swift_int8_linear(const Int8Product* product, int) {
-    if (!product->is_bf16) return new AnyProduct<float>(*product);
+Work* swift_int8_linear(const Int8Product<bf16>* product, int) {
+    if (!product->is_bf16) return new AnyProduct<float>(*(const Int8Product<float>*)product);  // of one layout
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)  // Cooper Lake has the first alone
     return new Narrow(*product);
 #else
