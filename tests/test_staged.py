@@ -118,6 +118,27 @@ def test_adapters_are_stages_too(quantization: str | None, make_model, make_adap
     assert not torch.allclose(with_adapter, without, atol=1e-3)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_adapters_of_many_rows(quantization: str | None, make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts long enough for adapters to be a part of the base's products, where those can be; then decoding, where they are not."""
+    path: Path = make_model("qwen3", hidden_size=64, head_dim=16, intermediate_size=96)
+    runner = make(path, quantization)
+    kinds: list[dict] = [
+        {"rank": 17},
+        {"rank": 3, "target_modules": ["q_proj", "v_proj"]},
+        {"rank": 2, "target_modules": ["down_proj", "up_proj"]},
+    ]
+    for index, kind in enumerate(kinds):
+        runner.lora.add(f"a{index}", make_adapter(path, index, **kind))
+    one, two, three = (runner.lora.acquire(f"a{index}") for index in range(3))
+    for versions in ([one, None, two], [two], [three, one], [None, three, three]):
+        lengths = [70, 33, 41][: len(versions)]
+        together, apart, calls = both_ways(monkeypatch, lambda lengths=lengths, versions=versions: steps_of(runner, lengths, versions))
+        assert calls == 3
+        for left, right in zip(together, apart, strict=True):
+            assert torch.equal(left, right)
+
+
 def test_what_is_no_stage_goes_step_by_step(make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """DoRA changes the base's product itself; the batch beside it is unharmed."""
     path: Path = make_model("qwen3")

@@ -1,4 +1,5 @@
-"""Adapters by the C++ kernel (lora.cpp): all segments of a batch in one call per linear or fused linear, and quick packing of files.
+"""Adapters by the C++ kernels: all segments of a batch in one call per linear or fused linear, behind the base's product (lora.cpp) or, for
+many rows where there is a matrix unit, as a part of it (adapted.cpp); and quick packing of files.
 
 Tables of pointers and `Args` must describe the same memory as the tensors: the kernel checks nothing. It knows stacks and rows, not
 names, versions or modules. Letters: T rows, R rank, S slots.
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from swiftlite.adapters.digest import LANES
 from swiftlite.engine.lora_ops import Segment, Stack
-from swiftlite.engine.panels import PanelWeight
-from swiftlite.kernels.stages import Run
+from swiftlite.engine.panels import PANEL, PanelWeight, Product
+from swiftlite.kernels.stages import Run, Stage
 
 MANY_ROWS = 16  # a segment of more rows is cut into larger pieces of work
+JOINED_ROWS, SEGMENT_ROWS = 64, 8  # rows of a batch, and of a segment in the mean, from which adapters are part of the base's product
 
 
 class Args(ctypes.Structure):
@@ -30,6 +32,12 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "h_stride", "entry")),
         *((name, ctypes.c_int32) for name in ("num_segments", "width", "first_part", "end_part", "shrink", "is_bf16", "wide")),
     )
+
+
+class Adapted(ctypes.Structure):
+    """struct Adapted of adapted.cpp."""
+
+    _fields_ = (("product", Product), ("adding", Args), ("gate", ctypes.c_int32))
 
 
 class _Move(ctypes.Structure):
@@ -57,6 +65,8 @@ class NativeLora:
         self.starts = [[sum(outs[:part]) for part in range(len(outs))] for _, outs in groups]
         self.outs = [torch.tensor([pair for start, out in zip(starts, outs, strict=True) for pair in (start, out)])
                      for starts, (_, outs) in zip(self.starts, groups, strict=True)]  # fmt: skip
+        unit = bool(library.swift_adapted_ready())
+        self.joins = [unit and width % PANEL == 0 and all(out % PANEL == 0 for out in outs) for width, outs in groups]
         self._segments: list[Segment] = []
         self._jobs: list[NativeJob] = []
         self.outs_at = [outs.data_ptr() for outs in self.outs]
@@ -111,10 +121,15 @@ class NativeJob:
         self.segments = torch.tensor(rows)
         stack = next(iter(self.stacks.values()))
         self.dtype, self.itemsize = stack.rows.dtype, stack.rows.element_size()
-        # one element more: the kernel reads ranks in pairs
-        self.scratch = torch.empty(first * max(self.columns) + 1, dtype=self.dtype)
         self.count, self.wide = len(rows) // 3, longest > MANY_ROWS
-        self.pattern = [columns > 0 for columns in self.columns]  # which groups are adapted at all
+        join = self.dtype == torch.bfloat16 and first >= JOINED_ROWS and first >= SEGMENT_ROWS * self.count
+        self.joined = [join and able and columns > 0 for able, columns in zip(owner.joins, self.columns, strict=True)]
+        # of adapted.cpp: blocks of 32 rows with all ranks of a part filled up; a segment has as many as its rows fill, and some at its ends
+        padded = max(sum(-(-rank // PANEL) * PANEL for rank in s.groups[group].ranks) for s in self.stacks.values() for group in groups)
+        joined = (first // 16 + 3 * self.count) * 32 * padded if any(self.joined) else 0
+        # one element more: lora.cpp reads ranks in pairs
+        self.scratch = torch.empty(max(first * max(self.columns) + 1, joined), dtype=self.dtype)
+        self.pattern = list(zip((columns > 0 for columns in self.columns), self.joined, strict=True))  # which groups are adapted, and how
 
     def adapts(self, group: int, part: int | None = None) -> bool:
         return self.columns[group] > 0 if part is None else self.adapted[group][part]
@@ -135,11 +150,20 @@ class NativeJob:
         args.segments, args.num_segments, args.wide = self.segments.data_ptr(), self.count, self.wide
         args.h, args.h_stride = self.scratch.data_ptr(), self.columns[group]
 
-    def multiply(self, weight: PanelWeight, bias: Tensor | None, group: int, first: int, end: int, x: Tensor) -> Tensor:
+    def join(self, product: Product, group: int, gate: bool = False) -> tuple[Any, Adapted]:
+        """The base's product of a whole group with the adapters' in it as one stage; silu(gate) * up of it when `gate`."""
+        both = Adapted(product=product, adding=self.stage(group, 0, len(self.owner.starts[group]))[1], gate=gate)
+        return self.owner.library.swift_adapted, both
+
+    def multiply(self, weight: PanelWeight, bias: Tensor | None, group: int, x: Tensor) -> Tensor:
         """The base's product [1, T, out] of x [1, T, in] with the adapters' added, in one call. No segment's rows go beyond T."""
         x, y = weight.prepare(x, bias)
-        adding = self._adding(group, first, end, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
-        Run(self.owner.library, [(self.owner.library.swift_linear, weight.product), adding])()
+        if self.joined[group]:
+            stages: list[Stage] = [self.join(weight.product, group)]
+        else:
+            adding = self._adding(group, 0, len(self.owner.starts[group]), x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            stages = [(self.owner.library.swift_linear, weight.product), adding]
+        Run(self.owner.library, stages)()
         return y
 
     def add(self, group: int, first: int, end: int, x: Tensor, y: Tensor, h: Tensor | None) -> Tensor:

@@ -206,7 +206,7 @@ class _Whole:
         if job is None or not isinstance(weight, PanelWeight) or not job.adapts(group.index):
             return None
         self.layers.check_rows(x.numel() // x.shape[-1], group)
-        return job.multiply(weight, self.linear.bias, group.index, 0, len(group.parts), x)
+        return job.multiply(weight, self.linear.bias, group.index, x)
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         layers, group = self.layers, self.group
@@ -232,7 +232,7 @@ class _Part:
         if not job.adapts(group.index):
             return None
         self.layers.check_rows(x.numel() // x.shape[-1], group)
-        return job.multiply(linear.packed, linear.bias, group.index, 0, 1, x)
+        return job.multiply(linear.packed, linear.bias, group.index, x)
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         layers, group, part = self.layers, self.group, self.part

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftlite.engine.attention_native import Args, HeadNorms, NativeBatch, describe
+from swiftlite.engine.attention_native import Args as AttentionArgs
+from swiftlite.engine.attention_native import HeadNorms, NativeBatch, describe
 from swiftlite.engine.int8 import PanelInt8
 from swiftlite.engine.kv import AttentionLayer
-from swiftlite.engine.lora_native import NativeJob
+from swiftlite.engine.lora_native import Args, NativeJob
 from swiftlite.engine.lora_taps import Group, Tap
 from swiftlite.engine.panels import PanelWeight
 from swiftlite.kernels.stages import Gating, Norming, Run, Stage
@@ -105,64 +106,74 @@ class _Layer:
         )  # fmt: skip
         self.between = _norming(self.width, parts.between)
         self.after = _norming(self.width, then)
-        self.attention = Args()
+        self.attention = AttentionArgs()
         describe(self.attention, layer, parts.heads)
         self.gating = Gating(dim=self.act)
-        self.products: list[Stage] = [linear.packed.stage(linear.bias) for linear in linears]
+        self.bases: list[Stage] = [linear.packed.stage(linear.bias) for linear in linears]
         packed = linears.gate_up.packed
         self.gated: Stage | None = packed.gated(linears.gate_up.bias) if isinstance(packed, PanelWeight) else None
-        self.added: list[Stage | None] = []
+        self.products: list[_Product] = []
+        self.gate_out = "both"
 
     def stages(self, job: NativeJob | None) -> list[Stage]:
         """From the norm that is in `x` already to the next one, with what `job` adds to each product."""
-        self.added = [self._adding(job, linear) for linear in self.parts.linears]
-        qkv, o, gate_up, down = [
-            [product] if added is None else [product, added] for product, added in zip(self.products, self.added, strict=True)
-        ]
-        if self.added[2] is None and self.gated is not None:
-            gate = [self.gated]
-        else:
-            gate = [*gate_up, (self.library.swift_gating, self.gating)]
         attention, norm = (self.library.swift_paged_attention, self.attention), self.library.swift_norming
-        return [*qkv, attention, *o, (norm, self.between), *gate, *down, (norm, self.after)]
-
-    @staticmethod
-    def _adding(job: NativeJob | None, linear: PackedLinear) -> Stage | None:
-        if job is None:
-            return None
-        group = _group(linear)
-        return job.stage(group.index, 0, len(group.parts)) if job.adapts(group.index) else None
+        qkv, o, gate_up, down = [_Product.of(base, linear, job) for base, linear in zip(self.bases, self.parts.linears, strict=True)]
+        gating: list[Stage] = [(self.library.swift_gating, self.gating)]
+        if self.gated is not None and (gate_up.adding is None or gate_up.joined):
+            gate_up, gating = _Product.of(self.gated, self.parts.linears.gate_up, job, gate=True), []
+        self.products, self.gate_out = [qkv, o, gate_up, down], "both" if gating else "act"
+        return [
+            *qkv.stages, attention, *o.stages, (norm, self.between), *gate_up.stages, *gating, *down.stages, (norm, self.after)
+        ]  # fmt: skip
 
     def give(self, job: NativeJob) -> None:
         """Another job that adapts the same linears."""
-        for added, linear in zip(self.added, self.parts.linears, strict=True):
-            if added is not None:
-                job.give(added[1], _group(linear).index)
+        for one, linear in zip(self.products, self.parts.linears, strict=True):
+            if one.adding is not None:
+                job.give(one.adding, _group(linear).index)
 
     def fill(self, rows: int, at: dict[str, int]) -> None:
         """Where each stage reads and writes `rows` rows."""
         stride, layer, args = self.width + PAD, self.parts.attention, self.attention
-        for (_, product), added, x, out, x_stride in zip(
-            self.products, self.added, ("x", "mixed", "x", "act"), ("qkv", "y", "both", "y"), (stride, self.mixed, stride, self.act),
-            strict=True,
-        ):  # fmt: skip
+        for one, x, out, x_stride in zip(
+            self.products, ("x", "mixed", "x", "act"), ("qkv", "y", self.gate_out, "y"), (stride, self.mixed, stride, self.act), strict=True
+        ):
+            product, adding = one.product, one.adding
             product.x, product.out, product.rows, product.stride = at[x], at[out], rows, x_stride
-            if added is not None:
-                adding = added[1]
+            if adding is not None:
                 adding.x, adding.y, adding.x_stride, adding.y_stride = at[x], at[out], x_stride, product.n
         args.q = at["qkv"]
         args.k = args.q + 2 * layer.heads * layer.head_dim
         args.v = args.k + 2 * layer.kv_heads * layer.head_dim
         args.q_token = args.k_token = args.v_token = self.parts.linears.qkv.out_features
         args.rotated, args.out = at["rotated"], at["mixed"]
-        if self.gated is not None:
-            product = self.gated[1]
-            product.x, product.out, product.rows, product.stride = at["x"], at["act"], rows, stride
         self.gating.both, self.gating.out, self.gating.rows = at["both"], at["act"], rows
-        for one in (self.between, self.after):
-            one.rows, one.out, one.out_stride, one.b = rows, at["x"], stride, at["y"]
+        for norm in (self.between, self.after):
+            norm.rows, norm.out, norm.out_stride, norm.b = rows, at["x"], stride, at["y"]
         self.between.a, self.between.total = at["hidden"], at["sum"]
         self.after.a, self.after.total = at["sum"], at["hidden"]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A linear's stages: its product alone, what adapters add behind it, or both in one."""
+
+    stages: list[Stage]
+    product: Any  # Product or Int8Product
+    adding: Args | None = None
+    joined: bool = False
+
+    @classmethod
+    def of(cls, base: Stage, linear: PackedLinear, job: NativeJob | None, gate: bool = False) -> _Product:
+        group = None if job is None else _group(linear)
+        if job is None or group is None or not job.adapts(group.index):
+            return cls([base], base[1])
+        if job.joined[group.index] and isinstance(linear.packed, PanelWeight):
+            function, both = job.join(base[1], group.index, gate)
+            return cls([(function, both)], both.product, both.adding, True)
+        function, adding = job.stage(group.index, 0, len(group.parts))
+        return cls([base, (function, adding)], base[1], adding)
 
 
 def _group(linear: PackedLinear) -> Group:

@@ -10,8 +10,8 @@
 #include <cmath>
 #include <vector>
 
-#include "linear.h"
 #include "stage.h"
+#include "unit.h"
 
 namespace {
 

@@ -1,9 +1,7 @@
-// The product with a packed bfloat16 weight, for any number of rows: y = x W^T + b in float32, rounded once.
-//
-// Both vectors of a pair of inputs (panels.h) meet every row of a block of up to 12 rows, which fills the registers (12 x 2
-// accumulators), so few rows run at memory speed and many at the units' speed. While a panel is multiplied, the next one is fetched
-// evenly. Where there is a matrix unit, it multiplies from UNIT_ROWS on (unit.h).
+// The product with a packed bfloat16 weight and that of an MLP's gate on the matrix unit: y = x W^T + b in float32, rounded once. Without
+// the unit, and for few rows, linear.cpp has them by vectors.
 #pragma once
+#include "steps.h"
 #include "unit.h"
 
 // out [rows][n] contiguous, x rows `stride` elements apart, bias [n] or null
@@ -13,48 +11,9 @@ struct Product {
     int64_t rows, stride, n, k;
 };
 
-#ifdef __AVX512BF16__
+#ifdef SWIFT_AMX
 namespace {
 
-constexpr int PANEL_ROWS = 12;
-constexpr int64_t RESIDENT = 200 * 1024;  // elements of x that stay in the second-level cache while the panels pass
-
-inline __m512bh pair_of(const bf16* x) {
-    int32_t pair;
-    memcpy(&pair, x, 4);
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
-
-// R rows of x against one panel. `ahead` is fetched, `step` bytes for each pair.
-template <int R>
-INLINE void tile(bf16* out, int64_t n, const bf16* x, int64_t stride, const bf16* w, const Columns& columns, int k, const char* ahead,
-                 int step) {
-    __m512 low[R], high[R];
-    for (int r = 0; r < R; r++) low[r] = high[r] = _mm512_setzero_ps();
-    for (int i = 0; i < k; i += 2) {
-        const __m512bh first = (__m512bh)_mm512_loadu_si512(w + (int64_t)i * WIDTH);
-        const __m512bh second = (__m512bh)_mm512_loadu_si512(w + (int64_t)i * WIDTH + 32);
-        _mm_prefetch(ahead, _MM_HINT_T1);
-        if (step == 128) _mm_prefetch(ahead + 64, _MM_HINT_T1);
-        ahead += step;
-        for (int r = 0; r < R; r++) {
-            const __m512bh value = pair_of(x + r * stride + i);
-            low[r] = _mm512_dpbf16_ps(low[r], value, first);
-            high[r] = _mm512_dpbf16_ps(high[r], value, second);
-        }
-    }
-    for (int r = 0; r < R; r++) columns.write(out + r * n, low[r], high[r]);
-}
-
-using Tile = void (*)(bf16*, int64_t, const bf16*, int64_t, const bf16*, const Columns&, int, const char*, int);
-template <int R>
-void tile_of(bf16* out, int64_t n, const bf16* x, int64_t stride, const bf16* w, const Columns& columns, int k, const char* ahead, int step) {
-    tile<R>(out, n, x, stride, w, columns, k, ahead, step);
-}
-const Tile TILES[PANEL_ROWS + 1] = {nullptr,    tile_of<1>, tile_of<2>, tile_of<3>,  tile_of<4>,  tile_of<5>, tile_of<6>,
-                              tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>};
-
-#ifdef SWIFT_AMX
 inline bool by_unit(const Product& p) { return p.rows >= UNIT_ROWS && p.k % DEPTH == 0 && amx_ready(); }
 
 // What is fetched while the panels [first, last) of `size` elements are multiplied in `steps` steps: those behind them, up to `end`; with
@@ -64,7 +23,13 @@ INLINE Fetch next_panels(const RowBlocks& blocks, const bf16* w, int64_t first, 
     return Fetch(w + last * size, std::min(last - first, end - last) * size * 2, steps);
 }
 
-inline void multiply_by_unit(const Product& p, int index, int count) {
+// What is added to the sums of a block of rows, from `row` on, and the 32 outputs from `column` on: nothing.
+struct AddNothing {
+    INLINE_MEMBER void operator()(int64_t, int64_t) const {}
+};
+
+template <class Add = AddNothing>
+void multiply_by_unit(const Product& p, int index, int count, Add add = {}) {
     const int64_t panels = (p.n + WIDTH - 1) / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
     const RowBlocks blocks(p.rows);
     const Tiles tiles = blocks.tiles();
@@ -81,40 +46,65 @@ inline void multiply_by_unit(const Product& p, int index, int count) {
             result(step);
             ahead();
         });
+        add(row, panel * WIDTH);
         write_sums(out, p.n, blocks, Columns(p.bias ? p.bias + panel * WIDTH : nullptr, p.n - panel * WIDTH));
     });
 }
-#endif
 
-// Rows in even groups that stay in the second-level cache while the panels pass.
-struct RowGroups {
-    int64_t rows, count;
-    explicit RowGroups(const Product& p) : rows(p.rows) {
-        const int64_t most = std::max(RESIDENT / p.k / PANEL_ROWS, (int64_t)1) * PANEL_ROWS;
-        count = (rows + most - 1) / most;
+// What a block of rows gave with a panel of the gate and its panel of the other half; finished row by row beside the next block's
+// products, as the unit leaves the vectors idle.
+struct GatedBlock {
+    alignas(64) float sums[2][32 * WIDTH];
+    Columns gate{nullptr, WIDTH}, other{nullptr, WIDTH};
+    bf16* out;
+    int64_t width;
+    int row = 0, rows = 0;
+    INLINE_MEMBER void finish_row() {
+        if (row == rows) return;
+        const auto at = [this](const float* from) { return (v16f)_mm512_load_ps(from + row * WIDTH); };
+        gated(out + row * width, at(sums[0]) + (v16f)gate.low, at(sums[1]) + (v16f)other.low);
+        gated(out + row * width + 16, at(sums[0] + 16) + (v16f)gate.high, at(sums[1] + 16) + (v16f)other.high);
+        row++;
     }
-    int64_t first(int64_t group) const { return rows * group / count; }
 };
 
-// Share `index` of `count` of a product: whole panels for a group of rows.
-inline void multiply(const Product& p, int index, int count) {
-#ifdef SWIFT_AMX
-    if (by_unit(p)) return multiply_by_unit(p, index, count);
-#endif
-    const RowGroups groups(p);
-    const int64_t panels = (p.n + WIDTH - 1) / WIDTH, total = groups.count * panels;
-    for (int64_t unit = total * index / count; unit < total * (index + 1) / count; unit++) {
-        const int64_t group = unit / panels, panel = unit % panels, begin = groups.first(group), end = groups.first(group + 1);
-        const int64_t blocks = (end - begin + PANEL_ROWS - 1) / PANEL_ROWS;
-        const bf16* from = p.w + panel * WIDTH * p.k;
-        const char* ahead = (const char*)(panel + 1 < panels ? from + WIDTH * p.k : from);
-        const Columns columns(p.bias ? p.bias + panel * WIDTH : nullptr, p.n - panel * WIDTH);
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t first = begin + (end - begin) * block / blocks, last = begin + (end - begin) * (block + 1) / blocks;
-            TILES[last - first](p.out + first * p.n + panel * WIDTH, p.n, p.x + first * p.stride, p.stride, from,
-                                columns, p.k, ahead + WIDTH * 2 * p.k * block / blocks, 128 / blocks);
+// silu(gate) * up, out [rows][n / 2], of a weight that is the gate's and, behind it, up's
+template <class Add = AddNothing>
+void gate_by_unit(const Product& p, int index, int count, Add add = {}) {
+    const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
+    const RowBlocks blocks(p.rows);
+    const Tiles tiles = blocks.tiles();
+    Fetch next[2] = {{nullptr, 0, 1}, {nullptr, 0, 1}};
+    GatedBlock done[2];
+    int turn = 0;
+    const auto group = [&](int64_t first, int64_t last, int64_t steps) {
+        for (int half = 0; half < 2; half++)
+            next[half] = next_panels(blocks, p.w + half * panels * size, first, last, end, size, steps);
+    };
+    multiply_panels(blocks, p.x, p.stride, p.k, begin, end, 2 * size, false, group,
+                    [&](auto passing, int64_t panel, int64_t row, int64_t before, auto&& ahead) {
+        GatedBlock &last = done[turn ^ 1], &now = done[turn];
+        bf16* out = p.out + row * width + panel * WIDTH;
+        const FetchOut result{out, width, blocks.size};
+        for (int half = 0; half < 2; half++) {
+            clear_sums(blocks);
+            add_products<passing>(blocks, p.x + row * p.stride, p.stride, PanelSteps{p.w + (half * panels + panel) * size}, p.k,
+                                  [&](int64_t step) {
+                                      next[half](before + step);
+                                      if (half == 0) result(step);
+                                      ahead();
+                                      last.finish_row();
+                                  });
+            add(row, half * width + panel * WIDTH);
+            store_sums(now.sums[half], blocks);
         }
-    }
+        while (last.row < last.rows) last.finish_row();
+        if (p.bias) now.gate = Columns(p.bias + panel * WIDTH, WIDTH), now.other = Columns(p.bias + width + panel * WIDTH, WIDTH);
+        now.out = out, now.width = width, now.row = 0, now.rows = blocks.size;
+        turn ^= 1;
+    });
+    GatedBlock& last = done[turn ^ 1];
+    while (last.row < last.rows) last.finish_row();
 }
 
 }  // namespace

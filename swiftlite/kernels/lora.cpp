@@ -4,6 +4,7 @@
 #include <atomic>
 #include <vector>
 
+#include "adapters.h"
 #include "stage.h"
 #include "vectors.h"
 
@@ -12,26 +13,6 @@ namespace {
 constexpr int ROW_BLOCK = 32;  // rows that share the columns of B in registers
 constexpr int COLUMNS = 256;   // columns of a unit of work
 constexpr int CHUNK = 16;      // ranks whose columns of B are in registers at once
-
-struct Args {
-    const int64_t* segments;  // [n][3]: table of the slot, first row, rows
-    const int64_t* outs;      // [parts][2]: first column in y, columns
-    const void* x;
-    void* y;
-    void* h;
-    int64_t x_stride, y_stride, h_stride, entry;  // entry: offset of the group in a table
-    int32_t num_segments, width, first_part, end_part, shrink, is_bf16, wide;
-};
-
-// A slot's table holds for each group: A, the sum of ranks, then for each part B, its rank, its first column in h.
-struct Entry {
-    const int64_t* at;
-    const void* a() const { return (const void*)at[0]; }
-    int total() const { return (int)at[1]; }
-    const void* b(int part) const { return (const void*)at[2 + 3 * part]; }
-    int rank(int part) const { return (int)at[3 + 3 * part]; }
-    int start(int part) const { return (int)at[4 + 3 * part]; }
-};
 
 #ifdef __AVX512BF16__
 INLINE v16f dot(v16f sum, const bf16* x, const bf16* a) {
@@ -239,7 +220,7 @@ class Adapters : public Work {
         shrinks.resize(n + 1), expands.resize(n + 1), pieces.resize(n);
         for (int s = 0; s < n; s++) {
             const Segment segment(args, s);
-            shrinks[s + 1] = shrinks[s] + (args.shrink ? blocks(segment.rows, row_block) * segment.pieces() : 0);
+            shrinks[s + 1] = shrinks[s] + (args.shrink ? blocks(segment.rows, row_block) * rank_pieces(segment) : 0);
             for (int p = args.first_part; p < args.end_part; p++)
                 if (segment.entry.rank(p)) pieces[s] += (int)blocks(args.outs[2 * p + 1], COLUMNS);
             expands[s + 1] = expands[s] + blocks(segment.rows, ROW_BLOCK) * pieces[s];
@@ -262,14 +243,8 @@ class Adapters : public Work {
     }
 
    private:
-    struct Segment {
-        Entry entry;
-        int64_t first, rows;
-        Segment(const Args& args, int s)
-            : entry{(const int64_t*)args.segments[3 * s] + args.entry}, first(args.segments[3 * s + 1]), rows(args.segments[3 * s + 2]) {}
-        bool wide() const { return rows > 4; }
-        int64_t pieces() const { return wide() ? 1 : blocks(entry.total(), 4); }  // of the ranks
-    };
+    static bool wide(const Segment& segment) { return segment.rows > 4; }
+    static int64_t rank_pieces(const Segment& segment) { return wide(segment) ? 1 : blocks(segment.entry.total(), 4); }
     const Args args;
     const int row_block;  // of a shrink: few rows a unit when there are few rows
     std::vector<int64_t> shrinks, expands;
@@ -277,11 +252,11 @@ class Adapters : public Work {
     Units first, second;
 
     void shrink_unit(const Segment& segment, int64_t unit) const {
-        const int64_t ranks = segment.pieces(), row = segment.first + unit / ranks * row_block, end = segment.first + segment.rows;
+        const int64_t ranks = rank_pieces(segment), row = segment.first + unit / ranks * row_block, end = segment.first + segment.rows;
         const int rank = (int)(unit % ranks) * 4, left = segment.entry.total() - rank;
         const int rows = (int)(end - row < row_block ? end - row : row_block);
         shrink((T*)args.h + row * args.h_stride + rank, args.h_stride, (const T*)args.x + row * args.x_stride, args.x_stride,
-               (const T*)segment.entry.a() + (int64_t)rank * args.width, args.width, rows, segment.wide() || left < 4 ? left : 4);
+               (const T*)segment.entry.a() + (int64_t)rank * args.width, args.width, rows, wide(segment) || left < 4 ? left : 4);
     }
 
     void expand_unit(const Segment& segment, int64_t unit, int of) const {

@@ -30,15 +30,8 @@ void pack(bf16* to, int64_t size, const bf16* w, int64_t stride, int64_t k, int6
     }
     for (int64_t i = 0; i < k; i += DEPTH)  // a row's part of all of them at once: the hardware fetches what lies side by side
         for (int64_t panel = first; panel < last; panel++) {
-            bf16* place = to + (panel - first) * size + i * WIDTH;
-            const bf16* from = w + i * stride + panel * WIDTH;
-            if (inputs - i >= DEPTH) {
-                pack_panel_across(place, from, stride, DEPTH);
-                continue;
-            }
-            bf16 filled[DEPTH * WIDTH] = {};
-            for (int64_t row = i; row < inputs; row++, from += stride) memcpy((void*)(filled + (row - i) * WIDTH), from, WIDTH * sizeof(bf16));
-            pack_panel_across(place, filled, WIDTH, DEPTH);
+            const int64_t rows = std::max((int64_t)0, std::min(inputs - i, (int64_t)DEPTH));
+            pack_panel_across(to + (panel - first) * size + i * WIDTH, w + i * stride + panel * WIDTH, stride, rows, DEPTH);
         }
 }
 

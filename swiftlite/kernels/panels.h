@@ -8,10 +8,17 @@
 
 namespace {
 constexpr int WIDTH = 32;  // outputs of a panel
+constexpr int PANEL_ROWS = 12;  // rows whose sums with a panel fill the vectors' registers
 }
 
 #ifdef __AVX512BF16__
 namespace {
+
+inline __m512bh pair_of(const bf16* x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    return (__m512bh)_mm512_set1_epi32(pair);
+}
 
 // `count` numbers in a thread's memory, which is kept between calls: fresh memory costs a page fault for every 4 KB.
 template <class T>
@@ -24,9 +31,9 @@ T* kept(std::vector<__m512i>& memory, int64_t count) {
     return (T*)memory.data();
 }
 
-// [16 rows][16 pairs] -> [16 pairs][16 rows]. `from` rows lie `stride` elements apart, `to` rows 64.
+// [16 rows][16 pairs] -> [16 pairs][16 rows]. `from` rows lie `stride` elements apart, `to` rows `to_stride`.
 // `rows` there are, and `inputs` of each: the rest is zero. Pairs beyond the inputs are not written.
-INLINE void turn_pairs(bf16* to, const bf16* from, int64_t stride, int rows, int inputs) {
+INLINE void turn_pairs(bf16* to, int64_t to_stride, const bf16* from, int64_t stride, int rows, int inputs) {
     const __mmask32 kept = inputs >= 32 ? ~0u : (1u << inputs) - 1;
     __m512i a[16], b[16];
     for (int r = 0; r < 16; r++) a[r] = r < rows ? _mm512_maskz_loadu_epi16(kept, from + r * stride) : _mm512_setzero_si512();
@@ -46,7 +53,7 @@ INLINE void turn_pairs(bf16* to, const bf16* from, int64_t stride, int rows, int
         const __m512i pairs[4] = {_mm512_shuffle_i32x4(even, even2, 0x88), _mm512_shuffle_i32x4(odd, odd2, 0x88),
                                   _mm512_shuffle_i32x4(even, even2, 0xdd), _mm512_shuffle_i32x4(odd, odd2, 0xdd)};
         for (int l = 0; l < 4; l++)
-            if (2 * (4 * l + j) < inputs) _mm512_storeu_si512(to + (4 * l + j) * 64, pairs[l]);
+            if (2 * (4 * l + j) < inputs) _mm512_storeu_si512(to + (4 * l + j) * to_stride, pairs[l]);
     }
 }
 
@@ -54,19 +61,22 @@ INLINE void turn_pairs(bf16* to, const bf16* from, int64_t stride, int rows, int
 inline void pack_panel(bf16* to, const bf16* w, int64_t stride, int64_t k, int64_t outputs) {
     for (int64_t i = 0; i < k; i += 32)
         for (int half = 0; half < 2; half++)
-            turn_pairs(to + i * WIDTH + half * 32, w + half * 16 * stride + i, stride, outputs - half * 16, k - i);
+            turn_pairs(to + i * WIDTH + half * 32, 2 * WIDTH, w + half * 16 * stride + i, stride, outputs - half * 16, k - i);
 }
 
-// The same of a weight whose rows are inputs: 32 outputs of `rows` inputs (even).
-inline void pack_panel_across(bf16* to, const bf16* w, int64_t stride, int64_t rows) {
+// The same of a weight whose rows are inputs: 32 outputs of `rows` inputs, filled up with zeros to `all` (even).
+inline void pack_panel_across(bf16* to, const bf16* w, int64_t stride, int64_t rows, int64_t all) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2,
                                          33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t i = 0; i < rows; i += 2) {
-        const __m512i first = _mm512_loadu_si512(w + i * stride), second = _mm512_loadu_si512(w + (i + 1) * stride);
+        const __m512i first = _mm512_loadu_si512(w + i * stride);
+        const __m512i second = i + 1 < rows ? _mm512_loadu_si512(w + (i + 1) * stride) : _mm512_setzero_si512();
         _mm512_storeu_si512(to + i * WIDTH, _mm512_permutex2var_epi16(first, low, second));
         _mm512_storeu_si512(to + i * WIDTH + 32, _mm512_permutex2var_epi16(first, high, second));
     }
+    const int64_t filled = (rows + 1) / 2 * 2;
+    if (filled < all) memset((void*)(to + filled * WIDTH), 0, (all - filled) * WIDTH * sizeof(bf16));
 }
 
 // A panel's columns of a result: the bias is added, and those beyond the last output are not written.

@@ -74,15 +74,7 @@ void pack_rows(bf16* to, const Rows& rows) {
 
 // Panels whose columns are dimensions, pairs along the rows, which are `padded` with zeros: [dim / 32][padded / 2][32][2]
 void pack_columns(bf16* to, const Rows& rows, int64_t padded) {
-    const int64_t even = rows.count & ~(int64_t)1;
-    for (int64_t d = 0; d < rows.dim; d += WIDTH, to += padded * WIDTH) {
-        pack_panel_across(to, rows.x + d, rows.stride, even);
-        memset((void*)(to + even * WIDTH), 0, (padded - even) * WIDTH * sizeof(bf16));
-        if (even == rows.count) continue;
-        bf16 last[2 * WIDTH] = {};
-        memcpy((void*)last, rows[even] + d, WIDTH * sizeof(bf16));
-        pack_panel_across(to + even * WIDTH, last, WIDTH, 2);
-    }
+    for (int64_t d = 0; d < rows.dim; d += WIDTH, to += padded * WIDTH) pack_panel_across(to, rows.x + d, rows.stride, rows.count, padded);
 }
 
 INLINE void add_product(const Block& x, const bf16* panel, int64_t k) {
