@@ -44,8 +44,11 @@ class LLM:
                 close = difflib.get_close_matches(name, known, n=1)
                 raise UsageError(f"LLM has no setting {name!r}", fix=f"did you mean {close[0]}?" if close else "known: " + ", ".join(known))
         model_dir = resolve_model(model)
-        startup.begin(model_dir)
-        self.engine = Engine(model_dir, EngineConfig(**settings), dtype=dtype, device=device, adapters=adapters)
+        from swiftlite.engine.ahead import pack_ahead
+
+        config, name = EngineConfig(**settings), str(dtype).removeprefix("torch.")
+        ahead = startup.begin(model_dir, meanwhile=lambda: pack_ahead(model_dir, name, device, config.quantization))
+        self.engine = Engine(model_dir, config, dtype=dtype, device=device, adapters=adapters, ahead=ahead)
 
     @cached_property
     def template(self) -> Template:

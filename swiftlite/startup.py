@@ -14,29 +14,36 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from swiftlite.later import compiler_later, no_distributed_tensors
+
+T = TypeVar("T")
 
 WEIGHTS = "*.safetensors"
 
 
-def begin(model_dir: Path | None = None, *, alone: bool = False) -> None:
+def begin(model_dir: Path | None = None, *, alone: bool = False, meanwhile: Callable[[], T] | None = None) -> T | None:
     """Import torch and transformers' model code, unless that is done; the weights in `model_dir` are on their way from then on.
 
     `alone`: the process is ours and runs a model by itself, so that nothing of transformers will need to be distributed in it.
+    `meanwhile` is called as soon as torch is there and may begin what needs no Python; its result is returned.
     """
     if model_dir is not None:
         threading.Thread(target=_read_ahead, args=(model_dir,), name="swiftlite-read-ahead", daemon=True).start()
     if "torch" in sys.modules:
-        return
+        return None if meanwhile is None else meanwhile()
     # what is to be renamed concerns those who write code, not those who run it; and the one may call the other by its old names
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
     collecting = gc.isenabled()
     gc.disable()
     try:
+        import torch  # noqa: F401
+
+        begun = None if meanwhile is None else meanwhile()
         _import_models()
         with compiler_later(), no_distributed_tensors() if alone else nullcontext():
             # what models' files import first, so that its marks for the compiler are noted as well
@@ -48,6 +55,7 @@ def begin(model_dir: Path | None = None, *, alone: bool = False) -> None:
             gc.freeze()  # what was imported stays: no later collection needs to walk it
             atexit.register(gc.unfreeze)  # but for the last one: extension modules complain about what is left at the exit
             gc.enable()
+    return begun
 
 
 def _import_models() -> None:

@@ -24,6 +24,7 @@ from swiftlite.options.resolve import inherit, read_args
 
 if TYPE_CHECKING:
     from swiftlite.chat.template import Template
+    from swiftlite.engine.ahead import Ahead
     from swiftlite.engine.engine import Engine
     from swiftlite.server.adapters import RuntimeAdapters
     from swiftlite.server.service import Service
@@ -175,7 +176,13 @@ def _merged(options: Options, adapters: dict[str, Path]) -> Path:
 def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) -> tuple[Engine, list[str]]:
     """The engine with its adapters, and their names. `overrides` are EngineConfig fields."""
     plan = plan or make_plan(options)
-    startup.begin(plan.model_dir, alone=True)
+
+    def pack() -> Ahead | None:
+        from swiftlite.engine.ahead import pack_ahead
+
+        return pack_ahead(plan.model_dir, options.torch_dtype, options.device, options.quant)
+
+    ahead = startup.begin(plan.model_dir, alone=True, meanwhile=pack)
     from swiftlite.engine.config import EngineConfig
     from swiftlite.engine.engine import Engine
 
@@ -194,6 +201,7 @@ def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) ->
         dtype=options.torch_dtype,
         device=options.device,
         adapters={name: str(path) for name, path in plan.adapters.items()},
+        ahead=ahead,
     )
     return engine, list(plan.adapters)
 

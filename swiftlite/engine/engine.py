@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from swiftlite.engine.ahead import Ahead
     from swiftlite.engine.lora import AdapterInfo, LoraManager
 
 __all__ = ["Engine", "Stream"]
@@ -57,8 +58,10 @@ class Engine:
         adapters: dict[str, str] | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
         model: PreTrainedModel | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """`model`: the loaded model of `model_dir`, used as it is (its weights may be another's too: they are not packed).
+        `ahead`: its weights that are packed already (`pack_ahead`).
 
         Raises ModelError, or AdapterError for one of `adapters` (name -> PEFT directory).
         """
@@ -81,7 +84,7 @@ class Engine:
             )
         if config.overlap is None:  # a CPU that runs the next step has no time to read the last one's tokens
             self.config = config = dataclasses.replace(config, overlap=self.device.type == "cuda")
-        self.runner = in_own_thread(lambda: Runner(model_dir, config, self.dtype, self.device, model=model))
+        self.runner = in_own_thread(lambda: Runner(model_dir, config, self.dtype, self.device, model=model, ahead=ahead))
         self.vocab_size = self.runner.vocab_size
         self.max_model_len = min(self.runner.max_model_len, self.runner.num_blocks * config.block_size)
         named = (self.generation_config.get("eos_token_id"), self.model_config.get_text_config().eos_token_id, self.tokenizer.eos_token_id)

@@ -7,7 +7,8 @@ The kernel checks nothing: addresses and sizes must describe the tensors.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from swiftlite.kernels.stages import Run
 from swiftlite.models.packed import OneDnnWeight, Pack, PackedWeight, join_rows
 from swiftlite.pages import zeros
+
+if TYPE_CHECKING:
+    from swiftlite.engine.ahead import Ahead
 
 PANEL = 32  # outputs (WIDTH in panels.h)
 
@@ -42,18 +46,23 @@ class Panels:
 class PanelWeight:
     """A bfloat16 weight [out, in] in panels of 32 outputs; `in` is even. It may be given in parts that lie below each other."""
 
-    def __init__(self, panels: Panels, *weights: Tensor) -> None:
-        if any(len(weight) % PANEL for weight in weights[:-1]):  # else each begins a panel, and no joined copy is needed
-            weights = (join_rows(weights),)
+    def __init__(self, panels: Panels, *weights: Tensor, packed: Tensor | None = None) -> None:
+        """`packed`: the weights' panels, where they are made already."""
         self.panels, self.n, self.k = panels, sum(len(weight) for weight in weights), weights[0].shape[1]
-        self.data = zeros(panels.size(self.n, self.k), dtype=torch.bfloat16)
-        place = self.data.data_ptr()
-        for weight in weights:
-            plain = weight.detach().contiguous()
-            panels.pack(place, plain.data_ptr(), len(plain), self.k, torch.get_num_threads())
-            place += plain.nbytes
+        self.data = self._pack(weights) if packed is None else packed
         function, self.product = self.stage(None)
         self.run = Run(panels.library, [(function, self.product)])
+
+    def _pack(self, weights: Sequence[Tensor]) -> Tensor:
+        if any(len(weight) % PANEL for weight in weights[:-1]):  # else each begins a panel, and no joined copy is needed
+            weights = (join_rows(weights),)
+        data = zeros(self.panels.size(self.n, self.k), dtype=torch.bfloat16)
+        place = data.data_ptr()
+        for weight in weights:
+            plain = weight.detach().contiguous()
+            self.panels.pack(place, plain.data_ptr(), len(plain), self.k, torch.get_num_threads())
+            place += plain.nbytes
+        return data
 
     def stage(self, bias: Tensor | None) -> tuple[Any, Product]:
         """The product as a stage: out, x, rows and stride are for the caller to fill in."""
@@ -87,13 +96,15 @@ class PanelWeight:
         return out
 
 
-def choose_pack(library: ctypes.CDLL | None, dtype: torch.dtype) -> Pack:
-    """The layout to pack weights of `dtype` into: panels where the kernel can, else oneDNN's."""
+def choose_pack(library: ctypes.CDLL | None, dtype: torch.dtype, ahead: Ahead | None = None) -> Pack:
+    """The layout to pack weights of `dtype` into: panels where the kernel can, else oneDNN's. `ahead` has some already."""
     if library is None or dtype != torch.bfloat16:
         return OneDnnWeight
     panels = Panels(library)
 
     def pack(*weights: Tensor) -> PackedWeight:
-        return PanelWeight(panels, *weights) if panels.size(*weights[0].shape) else OneDnnWeight(*weights)
+        if not panels.size(*weights[0].shape):
+            return OneDnnWeight(*weights)
+        return PanelWeight(panels, *weights, packed=None if ahead is None else ahead.take(weights))
 
     return pack

@@ -35,6 +35,7 @@ from swiftlite.models.packed import can_pack, pack_linears, pack_tied_head, with
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from swiftlite.engine.ahead import Ahead
     from swiftlite.engine.attention_cuda import DevicePages
     from swiftlite.engine.graphs import DecodeGraphs
     from swiftlite.engine.scheduler import Scheduled
@@ -58,22 +59,28 @@ class Runner:
 
     def __init__(
         self, model_dir: str | Path, config: EngineConfig, dtype: torch.dtype, device: torch.device, *, plain: bool = False,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel | None = None, ahead: Ahead | None = None,
     ) -> None:  # fmt: skip
         """`plain` keeps the stock modules and torch's attention: the reference of every faster path. `model`: one that is loaded
-        already; its weights stay where they are, as packed copies would go stale when they are trained."""
+        already; its weights stay where they are, as packed copies would go stale when they are trained. `ahead`: weights of the
+        directory that are packed already."""
         self.config, self.dtype, self.device = config, dtype, device
         _check_quantization(config.quantization, device, loaded=model is not None)
         self.model = model or load_model(model_dir, dtype, device, NAME)
-        with without_pages(self.model) if config.quantization else nullcontext():
+        packs = not plain and model is None and config.quantization is None and can_pack(dtype, device)
+        if ahead is not None and packs:
+            pack_tied_head(self.model, choose_pack(load_library(), dtype, ahead))  # so that the bridge's forward has no plain one to read
+        with without_pages(self.model) if config.quantization or ahead is not None else nullcontext():
             self.bridge = Bridge(self.model, device, config.max_model_len, kernels=not plain)
         if config.quantization:
             pack_tied_head(self.model, choose_int8(self.bridge.library))
             pack_linears(self.model, self.bridge.shared_inputs, choose_int8(self.bridge.library))
-        elif not plain and model is None and can_pack(dtype, device):
-            pack = choose_pack(self.bridge.library, dtype)
+        elif packs:
+            pack = choose_pack(self.bridge.library, dtype, ahead)
             pack_linears(self.model, self.bridge.shared_inputs, pack)
             pack_tied_head(self.model, pack)
+        if ahead is not None:
+            ahead.close()
         self.fused_layers = 0
         self.kernels: Kernels | None = None
         steps = None if self.bridge.library is None else load_library("steps")

@@ -4,6 +4,11 @@
 // Both vectors of a pair of inputs (panels.h) meet every row of a block of up to 12 rows, which fills the registers (12 x 2
 // accumulators), so few rows run at memory speed and many at the units' speed. While a panel is multiplied, the next one is fetched
 // evenly. Where there is a matrix unit, it multiplies from UNIT_ROWS on (linear.h).
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "linear.h"
 #include "stage.h"
 
@@ -98,7 +103,24 @@ void multiply_gate(const Product& p, int index, int count) {
     }
 }
 
+constexpr int64_t RELEASED = 2 << 20;  // elements
+
+// The whole pages of a file's memory [begin, end): they come again from the file.
+void release(const bf16* begin, const bf16* end) {
+#ifdef __linux__
+    const uintptr_t page = sysconf(_SC_PAGESIZE), first = ((uintptr_t)begin + page - 1) / page * page, last = (uintptr_t)end / page * page;
+    if (first < last) madvise((void*)first, last - first, MADV_DONTNEED);
+#endif
+}
+
 }  // namespace
+
+// A weight [n][k] of a mapped file, n a multiple of 32, and the memory for its panels.
+struct Packing {
+    bf16* out;
+    const bf16* w;
+    int64_t n, k;
+};
 
 extern "C" {
 // Elements of the packed weight; 0 where this build has no such product.
@@ -111,6 +133,20 @@ void swift_pack(bf16* out, const bf16* w, int64_t n, int64_t k, int threads) {
     for (int64_t panel = 0; panel < panels; panel++) {
         const int64_t outputs = n - panel * WIDTH < WIDTH ? n - panel * WIDTH : WIDTH;
         pack_panel(out + panel * WIDTH * k, w + panel * WIDTH * k, k, k, outputs);
+    }
+}
+
+// Packs what nobody has begun, one weight after the other; several threads may call it with the same `next`, the first of those. Pages of
+// the file go as they are read, so that never much of it is in memory.
+void swift_pack_all(const Packing* all, int64_t count, int64_t* next) {
+    for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) {
+        const Packing& one = all[i];
+        const int64_t size = WIDTH * one.k, panels = one.n / WIDTH, together = std::max(RELEASED / size, (int64_t)1);
+        for (int64_t panel = 0; panel < panels; panel += together) {
+            const int64_t end = std::min(panel + together, panels);
+            for (int64_t j = panel; j < end; j++) pack_panel(one.out + j * size, one.w + j * size, one.k, one.k, WIDTH);
+            release(one.w + panel * size, one.w + end * size);
+        }
     }
 }
 
@@ -136,6 +172,7 @@ extern "C" {
 int64_t swift_packed_size(int64_t, int64_t) { return 0; }
 void swift_pack(bf16*, const bf16*, int64_t, int64_t, int) {}
 void swift_unpack(bf16*, const bf16*, int64_t, int64_t, int) {}
+void swift_pack_all(const void*, int64_t, int64_t*) {}
 Work* swift_linear(const Product*, int) { return nullptr; }
 Work* swift_gated(const Product*, int) { return nullptr; }
 }

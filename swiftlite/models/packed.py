@@ -15,11 +15,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear = torch.ops.mkldnn._linear_pointwise.default
@@ -147,12 +149,12 @@ def pack_linears(model: nn.Module, shared_inputs: Sequence[Sequence[str]], pack:
             fused = FusedLinear(parts, PackedLinear([linear.weight for linear in linears], _join_bias(linears), pack))
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 _replace(model, name, FusedPart(fused, index, linear.in_features))
-                _forget(linear.weight)
+                give_back(linear.weight)
             packed += len(group)
     while plain:
         name, linear = plain.popitem()
         _replace(model, name, PackedLinear([linear.weight], linear.bias, pack))
-        _forget(linear.weight)
+        give_back(linear.weight)
         packed += 1
     return packed
 
@@ -172,32 +174,42 @@ def pack_tied_head(model: PreTrainedModel, pack: Pack = OneDnnWeight) -> bool:
         return packed.multiply(x, bias)
 
     head.forward = forward  # type: ignore[method-assign, assignment]
-    if _is_in_file(head.weight, _mapped_files()):
-        _forget(head.weight)  # what is looked up comes back from the file
+    if _is_in_file(head.weight, mapped_files()):
+        give_back(head.weight)  # what is looked up comes back from the file
     return True
 
 
-def _mapped_files() -> list[tuple[int, int]]:
-    """Address ranges (first, end) of this process that are unchanged parts of mapped files."""
+class Mapping(NamedTuple):
+    """Addresses [first, end) that are a file from `offset` bytes on."""
+
+    first: int
+    end: int
+    file: str
+    offset: int
+
+
+def mapped_files() -> list[Mapping]:
+    """This process's memory that is unchanged parts of files."""
     maps = Path("/proc/self/smaps")
     if not maps.is_file():
         return []
-    found = []
-    span = 0, 0
+    found: list[Mapping] = []
+    mapping: Mapping | None = None
     for line in maps.read_text().splitlines():
         head = line.split(maxsplit=5)
         if "-" in head[0] and not head[0].endswith(":"):  # an address range opens a mapping's entry
-            low, high = (int(text, 16) for text in head[0].split("-"))
-            span = (low, high) if len(head) == 6 and head[5].startswith("/") else (0, 0)
-        elif head[0] == "Private_Dirty:" and head[1] == "0" and span[1]:
-            found.append(span)
+            first, end = (int(text, 16) for text in head[0].split("-"))
+            is_file = len(head) == 6 and head[5].startswith("/")
+            mapping = Mapping(first, end, head[5].rstrip("\n"), int(head[2], 16)) if is_file else None
+        elif head[0] == "Anonymous:" and head[1] == "0" and mapping is not None:  # pages that were written to are the process's own
+            found.append(mapping)
     return found
 
 
-def _is_in_file(weight: Tensor, files: list[tuple[int, int]]) -> bool:
+def _is_in_file(weight: Tensor, files: list[Mapping]) -> bool:
     """Whether all of a weight's memory is in one of `files`."""
     first = weight.data_ptr()
-    return any(low <= first and first + weight.nbytes <= high for low, high in files)
+    return any(file.first <= first and first + weight.nbytes <= file.end for file in files)
 
 
 @contextmanager
@@ -206,9 +218,9 @@ def without_pages(model: nn.Module) -> Iterator[None]:
 
     For the few forwards before a model is quantized: else the whole plain model would be in memory once.
     """
-    files = _mapped_files()
+    files = mapped_files()
     linears = [module for module in model.modules() if type(module) is nn.Linear and _is_in_file(module.weight, files)]
-    hooks = [module.register_forward_hook(lambda module, *_: _forget(module.weight)) for module in linears]
+    hooks = [module.register_forward_hook(lambda module, *_: give_back(module.weight)) for module in linears]
     try:
         yield
     finally:
@@ -216,8 +228,8 @@ def without_pages(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _forget(weight: Tensor) -> None:
-    """Give the pages of a weight that nobody reads any more back to the system now.
+def give_back(weight: Tensor) -> None:
+    """Give the whole pages of a weight that nobody reads any more back to the system now.
 
     Weights are views of the mapped checkpoint, and the mapping lives as long as any of them; without this, pages of replaced
     weights would stay resident and count as the process's memory.
