@@ -88,6 +88,17 @@ def test_kinds_in_one_batch_equal_peft_alone(family: str, plain: bool, make_mode
     assert runner.lora.store.stacks == {} and runner.lora.infos() == []
 
 
+def test_an_own_embedding_is_loaded_beside_one_that_runs(make_model, make_adapter) -> None:
+    """The running batch's stands in for the base's at that moment."""
+    base = make_model("gemma3")
+    runner = Runner(base, EngineConfig(num_blocks=8, block_size=4), torch.float32, CPU)
+    paths = [changed(make_adapter(base, seed, **KINDS["saved-embedding"]), seed) for seed in range(2)]
+    for index, path in enumerate(paths):
+        runner.lora.add(f"a{index}", path)
+        got = runner.execute([Item(Seq(PROMPTS[0], [0, 1], runner.lora.acquire(f"a{index}")), 0, len(PROMPTS[0]))])
+        torch.testing.assert_close(got[0], peft_logits(base, path, PROMPTS[0]), rtol=5e-4, atol=5e-4)
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_trained_tokens_merge(make_model, make_adapter, tmp_path, tie: bool) -> None:
     base = make_model("qwen2", tie_word_embeddings=tie)
