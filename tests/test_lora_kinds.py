@@ -28,6 +28,8 @@ KINDS = {
     "saved-head": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     "lora-embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "lora-head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding-alone": {"target_modules": ["embed_tokens"]},
+    "head-alone": {"target_modules": ["lm_head"]},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [9, 5, 80]},
     "tokens-of-each": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [4, 100]}},
 }
