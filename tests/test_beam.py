@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from swiftlite.engine.beam import BeamSearch
 from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.engine import Engine
 from swiftlite.engine.request import RequestOutput, SamplingParams
@@ -262,6 +263,8 @@ def test_fewer_continuations_than_beams(build):
         ({"length_penalty": 2.0}, "add use_beam_search"),
         ({"early_stopping": True}, "add use_beam_search"),
         ({"use_beam_search": True, "length_penalty": float("nan")}, "length_penalty"),
+        ({"use_beam_search": True, "length_penalty": 5000.0}, "length_penalty must lie"),
+        ({"use_beam_search": True, "length_penalty": -5000}, "length_penalty must lie"),
     ],
 )
 def test_what_is_refused(params, words):
@@ -327,6 +330,15 @@ def test_bad_logits_end_the_search_alone(build, oracle, monkeypatch):
     good, bad = one.generate([PROMPTS[1], [99, 4]], beam(3))
     assert_equal(good, hf(oracle, PROMPTS[1], 3))
     assert all(answer.finish_reason == "error" for answer in bad.outputs) and "not finite" in bad.error
+
+
+def test_a_search_that_fails_leaves_the_engine_running(build, oracle, monkeypatch):
+    one = build()
+    with monkeypatch.context() as patch:
+        patch.setattr(BeamSearch, "_score", lambda *_: 1 / 0)
+        searched, plain = one.generate(PROMPTS[:2], [beam(2), SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)])
+    assert "ZeroDivisionError" in searched.error and "ZeroDivisionError" in plain.error
+    assert_equal(one.generate(PROMPTS[1], beam(2))[0], hf(oracle, PROMPTS[1], 2))
 
 
 @pytest.mark.parametrize("overlap", [False, True])

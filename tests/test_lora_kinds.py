@@ -28,6 +28,8 @@ KINDS = {
     "saved-head": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
     "lora-embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "lora-head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding-alone": {"target_modules": ["embed_tokens"]},
+    "head-alone": {"target_modules": ["lm_head"]},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [9, 5, 80]},
     "tokens-of-each": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [4, 100]}},
 }
@@ -64,11 +66,13 @@ def test_kinds_in_one_batch_equal_peft_alone(family: str, plain: bool, make_mode
     paths = {name: changed(make_adapter(base, seed, **fields), seed) for seed, (name, fields) in enumerate(kinds.items())}
     runner = Runner(base, EngineConfig(num_blocks=160, block_size=4), torch.float32, CPU, plain=plain)
     names: list[str | None] = [None, *kinds, None, "dora", "plain"]
+    for name, path in paths.items():  # what is counted before it is read is what it takes
+        size = runner.lora.register(name, path).nbytes
+        assert runner.lora.add(name, path).weights.nbytes == size, name
     items, blocks = [], iter(range(160))
     for index, name in enumerate(names):
         version = None
         if name is not None:
-            runner.lora.add(name, paths[name])
             version = runner.lora.acquire(name)
         tokens = PROMPTS[index % len(PROMPTS)]
         items.append(Item(Seq(tokens, [next(blocks) for _ in range(3)], version), 0, len(tokens)))
@@ -86,6 +90,17 @@ def test_kinds_in_one_batch_equal_peft_alone(family: str, plain: bool, make_mode
         if item.seq.adapter is not None:
             runner.lora.release(item.seq.adapter)
     assert runner.lora.store.stacks == {} and runner.lora.infos() == []
+
+
+def test_an_own_embedding_is_loaded_beside_one_that_runs(make_model, make_adapter) -> None:
+    """The running batch's stands in for the base's at that moment."""
+    base = make_model("gemma3")
+    runner = Runner(base, EngineConfig(num_blocks=8, block_size=4), torch.float32, CPU)
+    paths = [changed(make_adapter(base, seed, **KINDS["saved-embedding"]), seed) for seed in range(2)]
+    for index, path in enumerate(paths):
+        runner.lora.add(f"a{index}", path)
+        got = runner.execute([Item(Seq(PROMPTS[0], [0, 1], runner.lora.acquire(f"a{index}")), 0, len(PROMPTS[0]))])
+        torch.testing.assert_close(got[0], peft_logits(base, path, PROMPTS[0]), rtol=5e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -200,6 +200,30 @@ def test_aborted_while_its_adapter_comes(build, adapters, monkeypatch) -> None:
     wait_until(lambda: engine.runner.lora._loader is None)
 
 
+def test_wanted_while_another_is_added_in_its_room(build, adapters, expected, monkeypatch) -> None:
+    """Nobody runs with the one that was added, so the end of its load is all that tells that it can go."""
+    engine = build(adapter_memory=size_of(build(), adapters[0]) + 100)
+    engine.register_adapter("a", adapters[0])
+    lora, hold, storing = engine.runner.lora, threading.Event(), threading.Event()
+    real = lora.store.store
+
+    def slow(adapter):
+        storing.set()
+        hold.wait()
+        return real(adapter)
+
+    monkeypatch.setattr(lora.store, "store", slow)
+    adding = threading.Thread(target=engine.add_adapter, args=("b", adapters[1]))
+    adding.start()
+    assert storing.wait(10)
+    stream = engine.submit(PROMPTS[2], greedy(), adapter="a")
+    wait_until(lambda: lora._freed._waiters)
+    hold.set()
+    adding.join()
+    wait_until(lambda: stream.finished)
+    assert stream.result().outputs[0].token_ids == expected[0]
+
+
 def test_removed_adapters_leave_no_prefix_behind(build, adapters) -> None:
     engine = build()
     engine.add_adapter("a", adapters[0])

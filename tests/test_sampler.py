@@ -221,6 +221,21 @@ def test_masked_entries_are_no_error(wait):
     assert found == [5, 5, 5]
 
 
+@both
+@pytest.mark.parametrize("more", [{}, {"top_k": 2}, {"min_p": 0.1}])
+def test_wishes_too_small_for_float32(more, wait):
+    """A top-p of almost nothing keeps the best token; a masked one is never drawn, however hot."""
+    torch.manual_seed(5)
+    logits = torch.randn(4, V)
+    states = [state(seed=i, top_p=1e-300, **more) for i in range(4)]
+    assert Sampler(wait=wait).sample(logits.clone(), states)[0] == logits.argmax(-1).tolist()
+    few = torch.full((50, V), -math.inf)
+    few[:, 5:8] = 1.0
+    for cut in ({}, {"top_p": 0.9}):
+        hot = [state(seed=i, temperature=1e50, **more, **cut) for i in range(50)]
+        assert set(Sampler(wait=wait).sample(few.clone(), hot)[0]) == {5, 6, 7}
+
+
 def test_more_equals_of_the_kth_than_candidates():
     """Tokens with equal scores at top-k's cut are all kept, also those beyond the k best that are looked at; top-p shares them all."""
     logits = torch.zeros(200, 1000)

@@ -237,6 +237,7 @@ class StepLoop:
         for request in list(self._requests.values()):
             for seq in (*request.sequences, *(request.beam.beams if request.beam is not None else ())):
                 seq.block_table, seq.running = [], False
+            request.beam = None  # its search may be what failed, and would again
             self._end_request(request, "error", message)
 
     def _end_request(self, request: Request, reason: str, error: str | None = None) -> None:

@@ -99,10 +99,11 @@ class LoraManager:
         try:
             # Without room it is packed all the same, to see that it can be, and read again when its turn comes.
             weights = self.store.store(adapter)
-        finally:
-            with self._lock:
-                self._memory.reserved -= size * roomy
+        except BaseException:
+            self._unreserve(size * roomy)
+            raise
         with self._lock:
+            self._unreserve(size * roomy)
             self._host.put(adapter)
             version = next((v for v in self._versions if v.digest == weights.digest), None)
             if version is None:
@@ -315,10 +316,11 @@ class LoraManager:
                 kept = self._host.get(version.digest)
             with self._loading:
                 adapter, weights = aside(functools.partial(self._read_and_store, version.path, kept), self._library)
-        finally:
-            with self._lock:
-                self._memory.reserved -= size
+        except BaseException:
+            self._unreserve(size)
+            raise
         with self._lock:
+            self._unreserve(size)
             twin = next((w for w in self._memory.resident if w.digest == weights.digest), None)
             changed = version.digest and version.digest != weights.digest
             if changed or twin is not None or version not in self._versions:
@@ -334,6 +336,12 @@ class LoraManager:
                 self._memory.enter(weights, version)
             else:
                 self._memory.share(twin, version)
+
+    def _unreserve(self, size: int) -> None:
+        """A load is over: the other one may wait for its room, or for the weights that it brought (same lock: nobody comes between)."""
+        with self._lock:
+            self._memory.reserved -= size
+            self._freed.notify_all()
 
     def _read_and_store(self, path: str, kept: Adapter | None) -> tuple[Adapter, Weights]:
         adapter = kept or self._read(path)

@@ -141,7 +141,8 @@ def embedding_scale(name: str, module: nn.Module) -> float | None:
     """What the module multiplies its rows by (Gemma does); AdapterError when it does anything else."""
     assert isinstance(module, nn.Embedding)
     ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
-    rows, got = F.embedding(ids, module.weight.detach()), module(ids)
+    # Its class's forward: on the module itself, a running batch's adapters may stand in its place.
+    rows, got = F.embedding(ids, module.weight.detach()), type(module).forward(module, ids)
     scale = dict(module.named_buffers()).get("embed_scale")
     expected = rows if scale is None else rows * scale.to(rows.dtype)
     if not torch.equal(got, expected):

@@ -51,7 +51,7 @@ class Stack:
             sum(shape.ranks) * shape.width + sum(r * o for r, o in zip(shape.ranks, shape.outs, strict=True)) for shape in groups
         )
         page = mmap.PAGESIZE // dtype.itemsize
-        stride = -(-self.size // page) * page
+        stride = max(-(-self.size // page), 1) * page  # an adapter of the embedding or the head alone has nothing here
         self.memory: mmap.mmap | None = None
         if device.type == "cpu":
             self.memory = pages(self.slots * stride * dtype.itemsize)

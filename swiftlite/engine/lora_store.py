@@ -85,10 +85,24 @@ class WeightStore:
 
     def nbytes_of(self, adapter: Adapter) -> int:
         """How much device memory its products and tables will take; a header is enough."""
+        layers = self.layers
         slot = sum(sum(s.ranks) * s.width + sum(r * o for r, o in zip(s.ranks, s.outs, strict=True)) for s in self.shape_of(adapter))
-        own = [w.a.numel() + w.b.numel() for name, w in adapter.modules.items() if name not in self.layers.linears]
-        rest = [t.numel() for t in (*adapter.saved.values(), *(rows for _, rows in adapter.tokens.values()))]
-        return (slot + sum(own) + sum(rest)) * self.dtype.itemsize
+        own = [w.a.numel() + w.b.numel() for name, w in adapter.modules.items() if name not in layers.linears]
+        vectors = 0  # numbers of gains and shifts, which are float32
+        for name, weights in adapter.modules.items():
+            if name in layers.linears:
+                module = layers.linears[name][0]
+                if weights.magnitude is not None:  # a gain, and a shift where the base has a bias
+                    vectors += module.out_features * (1 + (bias_of(module) is not None))
+                vectors += module.out_features * (weights.bias is not None)
+        for name, tensor in adapter.saved.items():
+            if name.endswith(".bias"):
+                vectors += tensor.numel()
+            else:
+                own.append(tensor.numel())
+        tables = [found for name in (layers.embedding_name, layers.head_name) if (found := self._tokens_of(adapter, name)) is not None]
+        own += [rows.numel() for _, rows in tables]
+        return (slot + sum(own)) * self.dtype.itemsize + vectors * 4 + sum(len(tokens) for tokens, _ in tables) * 8
 
     @torch.inference_mode()
     def store(self, adapter: Adapter) -> Weights:
@@ -199,7 +213,7 @@ class WeightStore:
     def _embedding_of(self, adapter: Adapter) -> TokenTable | None:
         name, module = self.layers.embedding_name, self.layers.model.get_input_embeddings()
         lora: LoraWeights | None = adapter.modules.get(name)
-        tokens, saved = adapter.tokens.get(name), adapter.saved.get(name + ".weight")
+        tokens, saved = self._tokens_of(adapter, name), adapter.saved.get(name + ".weight")
         if lora is None and tokens is None and saved is None:
             return None
         table = TokenTable(scale=embedding_scale(name, module))
@@ -211,10 +225,7 @@ class WeightStore:
     def _head_of(self, adapter: Adapter) -> TokenTable | None:
         name, module = self.layers.head_name, self.layers.model.get_output_embeddings()
         lora = adapter.modules.get(name)
-        tokens, saved = adapter.tokens.get(name), adapter.saved.get(name + ".weight")
-        tied = self.layers.model.config.get_text_config().tie_word_embeddings
-        if tokens is None and tied:  # PEFT lets a tied head follow the embedding's trained tokens
-            tokens = adapter.tokens.get(self.layers.embedding_name)
+        tokens, saved = self._tokens_of(adapter, name), adapter.saved.get(name + ".weight")
         if lora is None and tokens is None and saved is None:
             return None
         table = TokenTable(bias=module.bias)
@@ -222,6 +233,13 @@ class WeightStore:
             table.a, table.b = self._own(lora.a), self._own(lora.b.float() * lora.scale)
         self._fill(table, tokens, saved)
         return table
+
+    def _tokens_of(self, adapter: Adapter, name: str) -> tuple[tuple[int, ...], Tensor] | None:
+        """The trained tokens of the embedding or the head."""
+        found, tied = adapter.tokens.get(name), self.layers.model.config.get_text_config().tie_word_embeddings
+        if found is None and tied and name == self.layers.head_name:  # PEFT lets a tied head follow the embedding's
+            found = adapter.tokens.get(self.layers.embedding_name)
+        return found
 
     def _fill(self, table: TokenTable, tokens: tuple[tuple[int, ...], Tensor] | None, saved: Tensor | None) -> None:
         if saved is not None:

@@ -85,6 +85,8 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             _check(count is None or (isinstance(count, int) and count >= 0), f"{name} must be at least 0, got {count!r}", name)
+        # longer answers' lengths to a larger power leave the range of numbers
+        _check(-20 <= self.length_penalty <= 20, f"length_penalty must lie in [-20, 20], got {self.length_penalty}", "length_penalty")
         width = self.best_of
         if self.use_beam_search:
             _check(width is None or (isinstance(width, int) and width >= self.n), f"best_of must be at least n, got {width}", "best_of")

@@ -33,6 +33,7 @@ from swiftlite.kernels.steps import DTYPES, Kernels
 
 _MASK = 2**64 - 1
 BEST_ROWS = 32  # rows that are in fp32 at once
+TINY = 1e-30  # smaller wishes become 0 in float32: a top-p that keeps nothing, scores of -inf * 0
 CHUNK = 2**19  # logits that are worked on at once, so that they stay in the processor's cache
 
 
@@ -240,7 +241,11 @@ class Sampler:
         kinds = [kind(row) for row in drawn]
         params = [states[row].params for row in drawn]
         limits = [
-            [p.top_k if 0 < p.top_k < vocabulary else 0, p.top_p if p.top_p < 1 else 2.0, math.log(p.min_p) if p.min_p else -math.inf]
+            [
+                p.top_k if 0 < p.top_k < vocabulary else 0,
+                max(p.top_p, TINY) if p.top_p < 1 else 2.0,
+                math.log(p.min_p) if p.min_p else -math.inf,
+            ]
             for p in params
         ]
         on_device = to_device(limits, torch.float32, device).view(-1, 3)
@@ -255,7 +260,7 @@ class Sampler:
             min_p=any(p.min_p for p in params),
             index=to_device(drawn, torch.long, device),
             scored=to_device(logprobs, torch.long, device),
-            inverse_temperature=to_device([[1 / p.temperature] for p in params], torch.float32, device),
+            inverse_temperature=to_device([[max(1 / p.temperature, TINY)] for p in params], torch.float32, device),
             log_min_p=on_device[:, 2:],
             limits=on_device,
             penalties=torch.tensor(
