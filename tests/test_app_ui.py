@@ -163,6 +163,9 @@ def test_the_answer_grows_and_stop_frees_the_slot(browser, url, service):
         time.sleep(0.1)
     assert len(lengths) >= 3  # it grew under our eyes
     assert service.engine.stats()["running"] == 1
+    page.ask("and now?")  # too early: it waits in its box
+    time.sleep(0.5)
+    assert page.page.input_value("#message textarea") == "and now?" and service.engine.stats()["running"] == 1
     page.page.click("#stop")
     assert idle(service, 3)
     page.page.wait_for_selector("#send", state="visible", timeout=10000)
@@ -171,7 +174,7 @@ def test_the_answer_grows_and_stop_frees_the_slot(browser, url, service):
     time.sleep(0.5)
     assert page.answer() == stopped and stopped
     page.page.fill("#max_tokens input[type=number]", "10")
-    page.ask("and now?")  # the conversation goes on
+    page.page.press("#message textarea", "Enter")  # the conversation goes on
     assert page.settled(stopped)
     assert page.errors == []
 
@@ -192,7 +195,7 @@ def test_a_refusal_is_shown_and_the_page_lives(browser, url):
     page.ask("who are you?")
     answer = page.settled()
     page.ask("x " * 20_000)
-    page.page.wait_for_selector("text=/tokens|characters/", timeout=10000)
+    page.page.wait_for_selector("text=/takes at most/", timeout=10000)
     page.page.wait_for_selector("#send", state="visible", timeout=10000)
     page.page.fill("#seed input, #seed textarea", "abc")
     page.ask("hi")

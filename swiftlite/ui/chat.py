@@ -51,9 +51,11 @@ class Page:
         """The names of /v1/models, read again whenever the page loads; what was chosen meanwhile stays."""
         return gr.Dropdown(choices=self.service.names())
 
-    def take(self, text: str, history: list[Turn]) -> tuple[str, list[Turn]]:
-        """Move the typed text into the conversation."""
-        return "", [*history, {"role": "user", "content": text}] if text.strip() else history
+    def take(self, text: str, history: list[Turn], answering: bool) -> tuple[str, list[Turn]]:
+        """Move the typed text into the conversation; while an answer grows it stays where it is."""
+        if answering or not text.strip():
+            return text, history
+        return "", [*history, {"role": "user", "content": text}]
 
     async def answer(
         self, history: list[Turn], model: str, system: str, temperature: float, top_p: float, max_tokens: float, seed: str
@@ -161,28 +163,31 @@ def build(service: Service) -> gr.Blocks:
         # gradio 6.31 shows a message with C++ as empty, unless C, whose grammar C++'s builds on, was shown before.
         gr.Markdown("```c\n```", elem_id="grammar")
 
+        running = gr.Checkbox(False, visible=False)  # gr.State would keep a connection open, which the server's end then waits for
         asked = [chat, model, system, temperature, top_p, max_tokens, seed]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
         def busy(value: bool) -> list[Any]:
-            return [gr.Button(visible=not value), gr.Button(visible=value)]
+            return [gr.Button(visible=not value), gr.Button(visible=value), value]
+
+        shown = [send, stop, running]
 
         def answering(event: Any) -> Any:
-            running = event.then(lambda: busy(True), outputs=[send, stop], queue=False, **hidden)
-            running = running.then(page.answer, asked, [chat, figures, message], concurrency_limit=None, **hidden)
-            running.then(lambda: busy(False), outputs=[send, stop], queue=False, **hidden)
-            return running
+            begun = event.then(lambda: busy(True), outputs=shown, queue=False, **hidden)
+            answer = begun.then(page.answer, asked, [chat, figures, message], concurrency_limit=None, **hidden)
+            answer.then(lambda: busy(False), outputs=shown, queue=False, **hidden)
+            return answer
 
         def example(choice: gr.SelectData) -> list[Turn]:
             return [{"role": "user", "content": choice.value["text"]}]
 
         runs = [
-            answering(gr.on([message.submit, send.click], page.take, [message, chat], [message, chat], queue=False, **hidden)),
+            answering(gr.on([message.submit, send.click], page.take, [message, chat, running], [message, chat], queue=False, **hidden)),
             answering(chat.example_select(example, None, chat, queue=False, **hidden)),
             answering(retry.click(page.without_answer, chat, chat, queue=False, **hidden)),
         ]
-        stop.click(lambda: busy(False), outputs=[send, stop], cancels=runs, queue=False, **hidden)
-        emptied = clear.click(lambda: ([], "", *busy(False)), None, [chat, figures, send, stop], cancels=runs, queue=False, **hidden)
+        stop.click(lambda: busy(False), outputs=shown, cancels=runs, queue=False, **hidden)
+        emptied = clear.click(lambda: ([], "", *busy(False)), None, [chat, figures, *shown], cancels=runs, queue=False, **hidden)
         emptied.then(None, js="() => document.querySelector('#message textarea').focus()")
         blocks.load(page.models, outputs=model, queue=False, **hidden)
     return blocks
