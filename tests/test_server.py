@@ -190,6 +190,15 @@ def test_chat_gives_the_rendered_conversations_greedy_tokens(client, reference, 
     assert answer.prompt_token_ids == ids
 
 
+def test_tools_that_the_template_does_not_write_are_refused(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for messages, tools in ((QUESTION, [tool]), ([*QUESTION, {"role": "assistant", "tool_calls": [call]}, *QUESTION], openai.omit)):
+        with pytest.raises(openai.BadRequestError, match="the chat template does not write"):
+            client.chat.completions.create(model="tiny-llama", messages=messages, tools=tools, max_tokens=4)
+    assert client.chat.completions.create(model="tiny-llama", messages=QUESTION, tools=[tool], tool_choice="none", max_tokens=4).choices
+
+
 def test_history_system_and_content_parts(client):
     parts = [{"role": "user", "content": [{"type": "text", "text": "who are you?"}]}]
     ask = {"model": "tiny-llama", "max_tokens": 6, "temperature": 0}
