@@ -163,6 +163,9 @@ def test_the_answer_grows_and_stop_frees_the_slot(browser, url, service):
         time.sleep(0.1)
     assert len(lengths) >= 3  # it grew under our eyes
     assert service.engine.stats()["running"] == 1
+    page.ask("and now?")  # too early: it waits in its box
+    time.sleep(0.5)
+    assert page.page.input_value("#message textarea") == "and now?" and service.engine.stats()["running"] == 1
     page.page.click("#stop")
     assert idle(service, 3)
     page.page.wait_for_selector("#send", state="visible", timeout=10000)
@@ -171,7 +174,7 @@ def test_the_answer_grows_and_stop_frees_the_slot(browser, url, service):
     time.sleep(0.5)
     assert page.answer() == stopped and stopped
     page.page.fill("#max_tokens input[type=number]", "10")
-    page.ask("and now?")  # the conversation goes on
+    page.page.press("#message textarea", "Enter")  # the conversation goes on
     assert page.settled(stopped)
     assert page.errors == []
 
@@ -189,17 +192,30 @@ def test_leaving_the_page_frees_the_slot(browser, url, service):
 
 def test_a_refusal_is_shown_and_the_page_lives(browser, url):
     page = Page(browser, url)
+    page.ask("who are you?")
+    answer = page.settled()
     page.ask("x " * 20_000)
-    page.page.wait_for_selector("text=/tokens|characters/", timeout=10000)
-    page.page.wait_for_selector("#send", state="visible", timeout=10000)  # the run is over: its last word cannot come after "clear"
+    page.page.wait_for_selector("text=/takes at most/", timeout=10000)
+    page.page.wait_for_selector("#send", state="visible", timeout=10000)
     page.page.fill("#seed input, #seed textarea", "abc")
-    page.page.click("#clear")
-    page.page.wait_for_selector("#chat .message", state="detached", timeout=10000)
     page.ask("hi")
     page.page.wait_for_selector("text=/whole number/", timeout=10000)
+    page.page.wait_for_selector("#send", state="visible", timeout=10000)
+    assert page.page.input_value("#message textarea") == "hi"  # back where it can be sent again
+    assert page.page.locator("#chat .user.message").count() == 1
     page.page.fill("#seed input, #seed textarea", "7")
-    page.page.click("#retry")
-    assert page.settled()
+    page.page.press("#message textarea", "Enter")
+    assert page.settled(answer)  # the refused questions are not asked again along with it
+
+
+def test_text_is_shown_as_it_was_written(browser, url):
+    page, refused = Page(browser, url), []
+    page.page.on("requestfailed", lambda r: refused.append((r.url, r.failure)))
+    page.ask("a List<String> <think>b</think>\n```cpp\nint c;\n```\n![d](http://192.0.2.1/e.png)")
+    page.settled()
+    shown = page.page.locator("#chat .user.message").inner_text()
+    assert "a List<String> <think>b</think>" in shown and "int c;" in shown
+    assert ("http://192.0.2.1/e.png", "csp") in refused  # by the browser: an image in an answer is not asked for
 
 
 def test_a_phone_and_chinese(browser, url, tmp_path: Path):

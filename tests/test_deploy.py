@@ -152,6 +152,10 @@ def test_what_cannot_be_served_is_said_before_loading(model_dir, checkpoint, oth
         dispatch(["deploy", "--model", str(model_dir), "--port", "70000"])
     with pytest.raises(SwiftError, match="top_p"):
         dispatch(["deploy", "--model", str(model_dir), "--port", str(free_port()), "--top_p", "7"])
+    with pytest.raises(UsageError, match="max_new_tokens must be at least 1"):
+        dispatch(["deploy", "--model", str(model_dir), "--port", str(free_port()), "--max_new_tokens", "0"])
+    with pytest.raises(UsageError, match=r"adapter_dir .*none is not a directory"):
+        dispatch(["deploy", "--model", str(model_dir), "--port", str(free_port()), "--adapter_dir", str(tmp_path / "none")])
     assert "device:" not in capsys.readouterr().out
     plan("--model", str(model_dir), "--infer_backend", "vllm", "--vllm_enable_lora", "true")
     assert "native engine answers" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from swiftlite.chat.template import Template
 from swiftlite.data.encoding import Report, encode
 from swiftlite.data.loading import load, load_training
 from swiftlite.data.rows import Row
+from swiftlite.data.stream import evaluation
 from swiftlite.errors import DataError, TemplateError, UsageError
 from swiftlite.options.parse import parse
 
@@ -169,6 +170,14 @@ def test_nothing_left_fails_with_the_table(template: Template, tmp_path: Path) -
         load_training(parse("sft", ["--dataset", str(write(path, 5, broken=(2,))), "--strict"]), template, None)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_evaluation_rows_that_are_all_bad_are_no_evaluation(template: Template, tmp_path: Path, streaming: bool) -> None:
+    bad = write(tmp_path / "bad.jsonl", 2, broken=(0, 1))
+    options = parse("sft", ["--dataset", str(write(tmp_path / "a.jsonl", 5)), "--val_dataset", str(bad)])
+    with pytest.raises(DataError, match=r"no evaluation row is left[\s\S]*2  not valid JSON; first: bad\.jsonl:1"):
+        evaluation(options, template, None) if streaming else load_training(options, template, None)
+
+
 def test_columns_flag(template: Template, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"Frage": "q", "Antwort": "a"}))
@@ -185,6 +194,15 @@ def test_a_misspelt_column_is_no_way_to_lose_one(template: Template, tmp_path: P
     hidden = '{"frage": "query", "content": "hidden"}'
     options = parse("sft", ["--dataset", str(path), "--columns", hidden.replace("}", ', "antwort": "response"}')])
     assert load(options).rows[0].conversation.messages[1]["content"] == "a"
+
+
+def test_a_column_that_no_row_has(template: Template, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"query": "q", "response": "r", "Persona": "p"}))
+    with pytest.raises(UsageError, match=r"'perzona', a column that no row has\n.*did you mean 'persona'"):
+        load(parse("sft", ["--dataset", str(path), "--columns", '{"perzona": "system"}']))
+    assert load(parse("sft", ["--dataset", str(path), "--columns", '{"persona": "system", "personb": "history"}'])).rows
+    assert "renames 'personb', a column that no row has; they have persona, query, response" in capsys.readouterr().out
 
 
 def test_half_a_surrogate_pair_drops_its_row_alone(template: Template, tmp_path: Path) -> None:

@@ -165,6 +165,15 @@ def test_existing_result_is_not_overwritten(run: Path, capsys) -> None:
     assert (target / "adapter_model.safetensors").is_file()
 
 
+def test_what_is_no_earlier_result_is_never_replaced(run: Path, tmp_path: Path, capsys) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    flags = ["--to_peft_format", "true", "--exist_ok", "true", "--export_dir", str(home)]
+    assert main(["export", "--ckpt_dir", str(run), *flags]) == 1
+    assert "cannot be replaced" in capsys.readouterr().err and (home / "thesis.txt").is_file()
+
+
 def test_the_command_in_a_process_of_its_own(run: Path) -> None:
     command = [sys.executable, "-m", "swiftlite.cli", "export", "--ckpt_dir", str(run) + "/", "--to-peft-format", "true"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

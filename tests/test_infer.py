@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from swiftlite.cli import dispatch
-from swiftlite.errors import CheckpointError, DataError, UsageError
+from swiftlite.errors import CheckpointError, DataError, SwiftError, UsageError
 
 TOKENS = 10
 FLAGS = ["--torch_dtype", "float32", "--temperature", "0", "--max_new_tokens", str(TOKENS)]
@@ -210,6 +210,17 @@ def test_a_result_file_of_other_rows_is_left_alone(model_dir, rows, tmp_path):
         with pytest.raises(DataError, match=":1 "):
             dispatch(["infer", "--model", str(model_dir), "--val_dataset", str(rows), "--result_path", str(other), *FLAGS])
         assert other.read_text() == content
+
+
+def test_what_cannot_be_answered_or_written_is_said_before_loading(model_dir, tmp_path, capsys):
+    rows, bad = tmp_path / "rows.jsonl", tmp_path / "bad.jsonl"
+    rows.write_text('{"query": "hi", "response": "hello"}')
+    bad.write_text('{"foo": "hi"}')
+    with pytest.raises(SwiftError, match=r"cannot write .*rows\.jsonl/r\.jsonl"):
+        dispatch(["infer", "--model", str(model_dir), "--val_dataset", str(rows), "--result_path", str(rows / "r.jsonl"), *FLAGS])
+    with pytest.raises(DataError, match="none could be read"):
+        dispatch(["infer", "--model", str(model_dir), "--val_dataset", str(bad), "--result_path", str(tmp_path / "r.jsonl"), *FLAGS])
+    assert "device:" not in capsys.readouterr().out
 
 
 def test_the_held_out_rows_of_the_training_run(checkpoint, reference, capsys):

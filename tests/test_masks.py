@@ -262,7 +262,7 @@ def test_tools_that_the_template_leaves_out_are_refused(style: str) -> None:
         texts = [template.tokenizer.decode([i for row in one for i, m in zip(row.ids, row.mask, strict=True) if m]) for one in found]
         assert all("look_up" in text for text in texts[:2])
         return
-    for one, what in zip(found, ("tool calls", "tool calls", "the row's tools"), strict=False):
+    for one, what in zip(found, ("tool calls", "tool calls", "the tools"), strict=False):
         assert isinstance(one, DataError) and one.what == f"the chat template does not write {what}"
 
 

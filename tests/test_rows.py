@@ -75,6 +75,11 @@ def test_tools_and_calls() -> None:
     assert found.messages == expected and found.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
+def test_tools_that_are_json_each() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert to_conversation({"messages": [U, A], "tools": [json.dumps(tool), tool]}).tools == [tool, tool]
+
+
 def test_what_is_said_before_a_call_is_one_turn_with_it() -> None:
     """As SWIFT reads it; two turns would teach the model to stop before it calls."""
     result = {"role": "tool_response", "content": "2"}
@@ -104,6 +109,7 @@ def test_what_is_said_before_a_call_is_one_turn_with_it() -> None:
         ({"text": ""}, "the text is empty"),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "[]"}]}, "tool call must be"),
         ({"messages": [U, A], "tools": "{}x"}, "'tools' is neither"),
+        ({"messages": [U, A], "tools": ["{}", "f"]}, "'tools' is neither"),
         ({"messages": [U, {**A, "loss": "no"}]}, "loss is 'no'"),
         ({"messages": [U, {**A, "loss": 0.5}]}, "loss is 0.5"),
         ({"messages": [U, {**A, "loss": [0]}]}, r"loss is \[0\]"),

@@ -202,3 +202,5 @@ def test_kv_memory_is_sized(make_model) -> None:
     assert Runner(path, EngineConfig(max_num_seqs=3), torch.float32, CPU).num_blocks == 3 * 512 // 16
     with pytest.raises(ModelError, match="no memory for the KV cache"):
         Runner(path, EngineConfig(kv_cache_memory=1000), torch.float32, CPU)
+    with pytest.raises(ModelError, match=r"no memory for the KV cache\.\n.*are refused"):
+        Runner(path, EngineConfig(kv_cache_memory=1 << 50), torch.float32, CPU)

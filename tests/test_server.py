@@ -190,6 +190,15 @@ def test_chat_gives_the_rendered_conversations_greedy_tokens(client, reference, 
     assert answer.prompt_token_ids == ids
 
 
+def test_tools_that_the_template_does_not_write_are_refused(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for messages, tools in ((QUESTION, [tool]), ([*QUESTION, {"role": "assistant", "tool_calls": [call]}, *QUESTION], openai.omit)):
+        with pytest.raises(openai.BadRequestError, match="the chat template does not write"):
+            client.chat.completions.create(model="tiny-llama", messages=messages, tools=tools, max_tokens=4)
+    assert client.chat.completions.create(model="tiny-llama", messages=QUESTION, tools=[tool], tool_choice="none", max_tokens=4).choices
+
+
 def test_history_system_and_content_parts(client):
     parts = [{"role": "user", "content": [{"type": "text", "text": "who are you?"}]}]
     ask = {"model": "tiny-llama", "max_tokens": 6, "temperature": 0}
@@ -383,6 +392,32 @@ def test_a_client_that_leaves_frees_its_blocks(client, port, service):
     started = time.monotonic()
     assert settled(service.engine)
     assert time.monotonic() - started < 3
+
+
+def test_tritons_generate_call(port, client, service):
+    def generate(body: dict, name: str = "ensemble") -> tuple[int, dict]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", f"/v2/models/{name}/generate", json.dumps(body), {"Content-Type": "application/x-www-form-urlencoded"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    body = {"text_input": PROMPT, "max_tokens": 8, "bad_words": "", "stop_words": "", "pad_id": 2, "end_id": 2}
+    status, answer = generate(body)
+    greedy = client.completions.create(model="tiny-llama", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=0).choices[0]
+    assert status == 200 and answer["text_output"] == PROMPT + greedy.text
+    assert answer["output_log_probs"] == [0.0] * 8 and (answer["model_name"], answer["model_version"]) == ("ensemble", "1")
+    _, answer = generate({**body, "parameters": {"return_log_probs": True, "exclude_input_in_output": True}})
+    assert answer["text_output"] == greedy.text and answer["output_log_probs"] == greedy.logprobs.token_logprobs
+    assert answer["cum_log_probs"] == pytest.approx(sum(greedy.logprobs.token_logprobs))
+    adapted = client.completions.create(model="my_tuner", prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+    assert generate(body, "my_tuner")[1]["text_output"] == PROMPT + adapted != PROMPT + greedy.text
+    assert generate({**body, "beam_width": 3, "random_seed": 1})[0] == 200
+    assert generate(body, "nobody")[0] == 404 and "nobody" in generate(body, "nobody")[1]["error"]
+    wrong = {"text_input": ["a", "b"], "max_tokens": 0, "temperature": 9, "bad_words": "x", "end_id": -1, "parameters": [1]}
+    for name, value in wrong.items():
+        status, answer = generate({**body, name: value})
+        assert status == 400 and isinstance(answer["error"], str), name
+    assert settled(service.engine)
 
 
 def test_beam_search_over_http(client, model_dir):
@@ -653,8 +688,9 @@ def test_an_adapter_answers_with_its_own_template(service, model_dir, tmp_path):
     assert counts[1] > counts[0] + 5
 
 
-def test_the_api_key_is_asked_for_on_v1_only(service):
+def test_the_api_key_is_asked_for_on_v1_and_v2_only(service):
     with running(service, api_key="secret") as port:
+        assert post(port, "/v2/models/ensemble/generate", {"text_input": "a"})[0] == 401
         for key in ("wrong", "", "secret2", "sécret"):
             status, body = post(port, TEXT, {"prompt": "a"}, {"Authorization": f"Bearer {key}".encode().decode("latin-1")})
             assert status == 401 and body["error"]["code"] == 401

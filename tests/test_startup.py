@@ -180,6 +180,27 @@ def test_what_masks_take_of_the_compiler_works_while_the_stand_in_is_there() -> 
     assert done.returncode == 0, done.stderr
 
 
+def test_of_two_loads_at_one_time_the_last_gives_back_what_was() -> None:
+    from transformers.utils import logging
+
+    from swiftlite.models.loading import quiet
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    try:
+        first, second = quiet(), quiet()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+        second.__exit__(None, None, None)
+        assert logging.get_verbosity() == logging.WARNING and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+
+
 def test_a_process_of_ours_has_no_distributed_tensors(make_model: Callable[..., Path]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMPILER, make_model("llama"), "whole", "alone"], capture_output=True, text=True, timeout=240

@@ -226,6 +226,11 @@ class Template:
             )
         prepared = self._prepared(messages, _request_error)
         (prepared, tools, kwargs), mark = self.tokens.mark((prepared, tools or None, template_kwargs))
+        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in prepared):
+            try:  # or the model would be asked without them, and nobody told
+                check_written(lambda part, offered: self._rendered(part, offered, False, kwargs, _row_error), prepared, tools)
+            except DataError as error:
+                raise RequestError(error.what, fix="use a model whose template does, or leave them out", param="messages") from None
         return self.tokens.encode(self._rendered(prepared, tools, add_generation_prompt, kwargs, _request_error), mark)
 
     def encode_text(self, text: str, parse_special: bool = False) -> list[int]:

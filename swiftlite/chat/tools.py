@@ -1,4 +1,4 @@
-"""Whether a template writes what a row holds of tools, asked by leaving it out and rendering again, and of thoughts.
+"""Whether a template writes what a row or a request holds of tools, asked by leaving it out and rendering again, and of thoughts.
 
 A call that is not written would be learnt as an empty answer, and a tool, its result or a thought that is not written as guessing.
 """
@@ -31,7 +31,7 @@ def check_written(render: Render, messages: list[Message], tools: list | None) -
         if what and same(render(messages[: end + 1], tools), [*messages[:end], bare], tools):
             raise _unwritten(what)
     if tools and same(render(messages, tools), messages, None):
-        raise _unwritten("the row's tools")
+        raise _unwritten("the tools")
 
 
 def check_thought(message: Message, answer: str) -> None:

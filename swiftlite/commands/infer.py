@@ -102,6 +102,8 @@ def read_questions(options: Options) -> list[Question]:
     if rows.bad:
         first = rows.bad[0]
         print(f"note: {len(rows.bad)} rows are left out, the first is {first.source}:{first.number}: {first.reason}")
+    if not rows.rows and rows.bad:
+        raise DataError("there is no row to answer", "none could be read", "correct the rows; --columns renames their columns")
     if not rows.rows:
         raise DataError("there is no row to answer", "the run held none out (--split_dataset_ratio)", "pass --val_dataset FILE")
     return [Question.of(row.conversation) for row in rows.rows]
@@ -115,6 +117,10 @@ def _result_path(options: Options) -> Path:
         path = home / "infer_result" / (time.strftime("%Y%m%d-%H%M%S") + ".jsonl")
     if path.is_dir():
         raise UsageError(f"--result_path {path} is a directory", fix="name a .jsonl file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error, "pass another --result_path") from None
     return path
 
 
@@ -146,11 +152,10 @@ def _run(service: Service, model: str, questions: list[Question], path: Path, do
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     tokens, started, failed = 0, time.monotonic(), 0
     try:
-        with open(path, "a", encoding="utf-8") as file, Progress(*columns, console=Console(stderr=True)) as bar:
+        with _opened(path) as file, Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(model, total=len(questions), completed=done)
             for question, stream in _in_flight(service, model, questions[done:], max(1, width)):
                 if isinstance(stream, str):
@@ -202,14 +207,23 @@ def _in_flight(service: Service, model: str, questions: list[Question], width: i
                 time.sleep(0.005)  # until the oldest, or any other, ends: a freed place is filled at once
 
 
+def _opened(path: Path) -> IO[str]:
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise _cannot_write(path, error, "pass another --result_path") from None
+
+
 def _write(file: IO[str], row: dict[str, Any]) -> None:
     try:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
     except OSError as error:
-        raise SwiftError(
-            f"cannot write {file.name}", str(error.strerror), "free space, then run the same command with --result_path"
-        ) from None
+        raise _cannot_write(file.name, error, "free space, then run the same command with --result_path") from None
+
+
+def _cannot_write(path: Path | str, error: OSError, fix: str) -> SwiftError:
+    return SwiftError(f"cannot write {path}", str(error.strerror), fix)
 
 
 def score(path: Path) -> str:

@@ -57,6 +57,8 @@ def is_adapter(directory: Path) -> bool:
 def make_plan(options: Options) -> Plan:
     """Resolve model, checkpoint and adapters; merges first when asked. Raises SwiftError for anything that cannot be served."""
     _check_backend(options)
+    if options.values.get("adapter_dir") is not None:
+        _adapter_dir(options)
     template, system = options.values.get("template"), options.values.get("system")
     adapters = _named_adapters(options.adapters)
     checkpoint = _checkpoint(options.ckpt_dir) if options.ckpt_dir else None
@@ -211,6 +213,8 @@ def load_service(options: Options, plan: Plan | None = None) -> Service:
     from swiftlite.engine.request import SamplingParams
 
     plan = plan or make_plan(options)
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens must be at least 1, got {options.max_new_tokens}", fix="leave it out: what the context leaves")
     flags = {ours: options.values[flag] for flag, ours in SAMPLING_FLAGS.items() if options.values[flag] not in (None, ())}
     SamplingParams(**flags)  # a flag out of range fails here, before the model loads
     engine, _ = load_engine(options, plan)  # first: it begins the start (startup.py)
@@ -288,15 +292,19 @@ def watched(options: Options, service: Service) -> Iterator[None]:
         service.add_adapter(name, path, read=False)
 
     given = set(service.adapters)
-    root = _folder("--adapter_dir", options.adapter_dir)
-    if is_adapter(root):
-        raise UsageError(f"--adapter_dir {options.adapter_dir} is an adapter itself", fix="pass the folder that holds it")
-    watcher = Watcher(root, add, service.remove_adapter, lambda line: print(line, flush=True))
+    watcher = Watcher(_adapter_dir(options), add, service.remove_adapter, lambda line: print(line, flush=True))
     watcher.start()
     try:
         yield
     finally:
         watcher.stop()
+
+
+def _adapter_dir(options: Options) -> Path:
+    root = _folder("--adapter_dir", options.adapter_dir)
+    if is_adapter(root):
+        raise UsageError(f"--adapter_dir {options.adapter_dir} is an adapter itself", fix="pass the folder that holds it")
+    return root
 
 
 def _folder(flag: str, written: str) -> Path:

@@ -42,6 +42,8 @@ def to_conversation(record: Any, columns: dict[str, str] | None = None, labelled
     row = {str(key).strip().lower(): value for key, value in record.items() if value is not None}
     system = _text(row, _pick(row, SYSTEM))
     tools = _parsed(row.get("tools"), "tools") or None
+    if isinstance(tools, list):  # some files hold each tool as JSON
+        tools = [_parsed(tool, "tools") for tool in tools]
     for key in MESSAGES:
         if key in row and row[key] != "":
             return _from_messages(_parsed(row[key], key), system, tools, labelled)

@@ -54,6 +54,17 @@ def _columns(options: Options) -> dict[str, str] | None:
     return columns
 
 
+def _check_columns(reader: Reader) -> None:
+    """After all rows were read: a column of --columns that no row has is said, and refused where it looks like a slip."""
+    have = {name.lower() for name in reader.seen}
+    own = {theirs.lower() for theirs in reader.columns or {}}
+    for theirs in sorted(own - have):
+        what = f"--columns renames {theirs!r}, a column that no row has"
+        if close := difflib.get_close_matches(theirs, have - own, n=1, cutoff=0.75):
+            raise UsageError(what, fix=f"did you mean {close[0]!r}?")
+        print(f"note: {what}; they have {', '.join(sorted(have)[:20])}")
+
+
 Key = tuple[int, int]  # dataset's position in `Choice.parts`, row number in it
 
 
@@ -108,6 +119,7 @@ def _choose(options: Options, labelled: bool = True) -> Choice:
     first_val = len(parts)
     parts += scan(options.val_dataset, reader, options.data_seed + 1)
     held += [(position, number) for position in range(first_val, len(parts)) for number in parts[position].order]
+    _check_columns(reader)
     return Choice(parts, train, _limited(held, options.val_dataset_sample, [options.data_seed, _VAL]), first_val)
 
 
@@ -232,6 +244,7 @@ def _encode(
     ]
     if not len(orders[0]):
         raise DataError("no training row is left", "\n" + report.table(), "correct the rows, or raise --max_length")
+    check_evaluation(options, len(orders[1]), held_report)
     total = report.merge(held_report)
     evaluation = [conversations[key] for key in choice.held]
     arrays = writer.arrays()
@@ -241,6 +254,12 @@ def _encode(
         content = {"report": asdict(total), "evaluation": [asdict(conversation) for conversation in evaluation]}
         print(f"rows kept for the next run: {cache.publish(folder, name, content)}")
     return Samples(arrays, orders[0]), Samples(arrays, orders[1]), evaluation, total
+
+
+def check_evaluation(options: Options, count: int, report: Report) -> None:
+    """DataError when --val_dataset was given, and none of its rows can be used."""
+    if options.val_dataset and options.val_dataset_sample != 0 and not count:
+        raise DataError("no evaluation row is left", "\n" + report.table(), "correct the rows of --val_dataset, or leave it out")
 
 
 _ORDERS = ("train.npy", "evaluation.npy")

@@ -101,15 +101,19 @@ def read(
     bad: list[BadRow] | None = None,
     labelled: bool = True,
     known: Mapping[str, Entry] = CATALOG,
+    seen: set[str] | None = None,
 ) -> Iterator[Row]:
     """Rows of one dataset argument, in file order (its `#n` is `sample`'s matter).
 
-    Bad records are appended to `bad`; without `bad`, the first one raises DataError with file and line.
+    Bad records are appended to `bad`; without `bad`, the first one raises DataError with file and line. The names of the records'
+    columns go into `seen`.
     """
     parsed = parse_spec(spec, known)
     if parsed.columns:
         columns = {**parsed.columns, **(columns or {})}
     for record, source, number in records(parsed, use_hf):
+        if seen is not None and isinstance(record, dict):
+            seen.update(record)
         try:
             if isinstance(record, Broken):
                 raise DataError(record.why, record.detail)
@@ -156,12 +160,14 @@ class Reader:
     strict: bool = False
     labelled: bool = True
     known: Mapping[str, Entry] = field(default_factory=lambda: CATALOG)
+    seen: set[str] = field(default_factory=set)  # names of columns, where `columns` are to be found among them
 
     def rows(self, spec: str, bad: list[BadRow] | None = None) -> Iterator[Row]:
         """`read` with these settings; `bad` None: refused records are passed over, as the first reading counted them."""
         refused = None if self.strict else [] if bad is None else bad
         return read(
-            spec, self.columns, identity=self.identity, use_hf=self.use_hf, bad=refused, labelled=self.labelled, known=self.known
+            spec, self.columns, identity=self.identity, use_hf=self.use_hf, bad=refused, labelled=self.labelled, known=self.known,
+            seen=self.seen if self.columns else None,
         )  # fmt: skip
 
     def files(self, spec: str) -> list[Path]:

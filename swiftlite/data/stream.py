@@ -17,7 +17,7 @@ from swiftlite.chat.conversation import Conversation
 from swiftlite.chat.template import Template
 from swiftlite.data import mixing
 from swiftlite.data.encoding import Report, outcomes
-from swiftlite.data.loading import _VAL, _limited, _reader
+from swiftlite.data.loading import _VAL, _limited, _reader, check_evaluation
 from swiftlite.data.rows import BadRow, Row, fetch, scan
 from swiftlite.data.sources import parse_spec
 from swiftlite.data.store import Sample
@@ -137,4 +137,5 @@ def evaluation(options: Options, template: Template, max_length: int | None) -> 
         samples += outcome.samples
         conversations.append(outcome.row.conversation)
         report.add(outcome, 1)
+    check_evaluation(options, len(samples), report)
     return samples, conversations, report

@@ -90,7 +90,7 @@ class Runner:
         self.max_model_len = self.bridge.max_model_len
         self.vocab_size: int = self.model.config.get_text_config().vocab_size
         self.num_blocks = self._size_cache()
-        self.cache = KVCache(self.bridge.layers, self.num_blocks, config.block_size, dtype, device)
+        self.cache = self._cache()
         kept = config.adapter_host_memory
         if kept is None:
             kept = int(available_memory() * ADAPTER_SHARE) if device.type == "cuda" else 0
@@ -161,6 +161,17 @@ class Runner:
                 "free memory, or give kv_cache_memory",
             )  # fmt: skip
         return int(blocks)
+
+    def _cache(self) -> KVCache:
+        size = self.config.block_size
+        try:
+            return KVCache(self.bridge.layers, self.num_blocks, size, self.dtype, self.device)
+        except (OSError, torch.OutOfMemoryError):  # the system's refusal, the GPU's
+            taken = self.num_blocks * KVCache.bytes_per_block(self.bridge.layers, size, self.dtype)
+            raise ModelError(
+                "There is no memory for the KV cache.", f"{taken / 2**30:.1f} GiB ({self.num_blocks} blocks of {size} tokens) are refused",
+                "give less kv_cache_memory, or leave it out",
+            ) from None  # fmt: skip
 
     def build_batch(self, scheduled: list[Scheduled], drawn: Tensor | None = None) -> ForwardBatch:
         """Tensors of one step: rows grouped by adapter, logits rows in the order of `scheduled`; `drawn` as in `execute`."""

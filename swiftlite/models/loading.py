@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,20 +25,31 @@ if TYPE_CHECKING:
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
+_before: list[tuple[int, bool]] = []  # what transformers showed before the first of the loads that run now, once for each of them
+_changing = threading.Lock()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars while a model is read; our own messages say what matters."""
+    """Silence transformers' warnings and progress bars while a model is read; our own messages say what matters.
+
+    Several threads may load at one time: the first silences, the last gives back what was.
+    """
     from transformers.utils import logging
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    with _changing:
+        _before.append(_before[0] if _before else (logging.get_verbosity(), logging.is_progress_bar_enabled()))
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+        with _changing:
+            level, bar = _before.pop()
+            if not _before:
+                logging.set_verbosity(level)
+                if bar:
+                    logging.enable_progress_bar()
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:

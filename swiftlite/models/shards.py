@@ -178,12 +178,16 @@ def copy_files(source: str | Path, out: Path, patterns: Iterable[str]) -> list[s
     return copied
 
 
+def _replaceable(out: Path) -> bool:
+    return out.is_dir() and (not any(out.iterdir()) or any((out / name).is_file() for name in ("config.json", "adapter_config.json")))
+
+
 @contextmanager
 def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0, sources: Iterable[str | Path] = ()) -> Iterator[Path]:
     """A directory that appears as `out` only when the block ends well; `needs` bytes must be free on its disk.
 
-    Yields a hidden directory beside `out`. SwiftError when `out` exists (unless `exist_ok`, which replaces it), is or holds
-    one of `sources`, cannot be made, or the disk is too full.
+    Yields a hidden directory beside `out`. SwiftError when `out` exists (unless `exist_ok`, which replaces a model or an adapter),
+    is or holds one of `sources`, cannot be made, or the disk is too full.
     """
     from safetensors import SafetensorError
 
@@ -197,6 +201,11 @@ def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0, sources: I
             raise SwiftError(f"{out} cannot be the result", f"{source} is read to make it", "pass another --export_dir")
     work = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
+        if out.exists() and not _replaceable(out):
+            raise SwiftError(
+                f"{out} cannot be replaced", "it holds neither a model nor an adapter, so it is no earlier result",
+                "pass another --export_dir, e.g. a new folder in it",
+            )  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if needs > free:

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from swiftlite.server import adapters, chat, completions, models
+from swiftlite.server import adapters, chat, completions, generate, models
 from swiftlite.server.errors import APIError, answer, from_swift_error, install
 from swiftlite.server.gate import Gate, read_json
 from swiftlite.server.protocol import ChatRequest, CompletionRequest, parse
@@ -15,7 +15,7 @@ from swiftlite.server.tokens import Tokens
 
 
 def create_app(service: Service, api_key: str | None = None, runtime: adapters.RuntimeAdapters | None = None) -> FastAPI:
-    """The OpenAI routes and `/health` for `service`; with `api_key`, `/v1` asks for it. `runtime` allows loading adapters."""
+    """The OpenAI routes and `/health` for `service`; with `api_key`, `/v1` and `/v2` ask for it. `runtime` allows loading adapters."""
     # No schema and no docs pages: they load scripts from elsewhere, and the routes read their own bodies.
     app = FastAPI(title="swiftlite", openapi_url=None, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, api_key=api_key, admin_key=runtime.admin_key if runtime else None)
@@ -58,5 +58,6 @@ def create_app(service: Service, api_key: str | None = None, runtime: adapters.R
         ready()
         return await completions.create(service, tokens, request, http)
 
+    generate.add_routes(app, service)
     adapters.add_routes(app, service, runtime)
     return app

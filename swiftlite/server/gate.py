@@ -39,7 +39,7 @@ class Key:
 
 
 class Gate:
-    """Gives each request an id (the client's `x-request-id` when it is a plain one) and checks the key on `/v1`.
+    """Gives each request an id (the client's `x-request-id` when it is a plain one) and checks the key on `/v1` and `/v2`.
 
     The admin key opens what the API key opens; what asks for the admin key itself, asks again.
     """
@@ -66,7 +66,7 @@ class Gate:
                 message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
             await send(message)
 
-        if self.keys and scope["path"].startswith("/v1") and not self._allowed(headers.get("authorization", "")):
+        if self.keys and scope["path"].startswith(("/v1", "/v2")) and not self._allowed(headers.get("authorization", "")):
             error = APIError("wrong or missing API key: send it as `Authorization: Bearer <key>`", 401)
             await answer(error)(scope, receive, send_with_id)
             return
@@ -85,9 +85,9 @@ def _no_constant(name: str) -> Any:
     raise APIError(f"the body is not valid JSON: {name} is not a JSON number")
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises APIError 400 (not JSON), 408 (too slow) or 413 (too large)."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+async def read_json(request: Request, any_type: bool = False) -> dict[str, Any]:
+    """The body as a JSON object, `any_type`: whatever its header says. APIError 400 (not JSON), 408 (too slow) or 413 (too large)."""
+    if not any_type and request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise APIError("send the body as JSON, with the header `Content-Type: application/json`")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise APIError("compressed bodies are not accepted")

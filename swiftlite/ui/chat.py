@@ -23,6 +23,8 @@ from swiftlite.server.service import Service
 from swiftlite.ui.style import CSS, THEME, WORDS
 
 PAINT = 0.04  # seconds between two updates of the page; a browser shows no more
+# An answer may hold an image's address: asking for it would tell its server who talks here, and what the address says.
+HEAD = """<meta http-equiv="Content-Security-Policy" content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">"""
 EXAMPLES = ("who are you?", "浙江的省会在哪？", "晚上睡不着觉怎么办？")
 
 Turn = dict[str, Any]
@@ -49,17 +51,19 @@ class Page:
         """The names of /v1/models, read again whenever the page loads; what was chosen meanwhile stays."""
         return gr.Dropdown(choices=self.service.names())
 
-    def take(self, text: str, history: list[Turn]) -> tuple[str, list[Turn]]:
-        """Move the typed text into the conversation."""
-        return "", [*history, {"role": "user", "content": text}] if text.strip() else history
+    def take(self, text: str, history: list[Turn], answering: bool) -> tuple[str, list[Turn]]:
+        """Move the typed text into the conversation; while an answer grows it stays where it is."""
+        if answering or not text.strip():
+            return text, history
+        return "", [*history, {"role": "user", "content": text}]
 
     async def answer(
         self, history: list[Turn], model: str, system: str, temperature: float, top_p: float, max_tokens: float, seed: str
-    ) -> AsyncIterator[tuple[list[Turn], str]]:
-        """The conversation with its growing answer, and a line with the speed."""
+    ) -> AsyncIterator[tuple[list[Turn], str, Any]]:
+        """The conversation with its growing answer, a line with the speed, and the input box: a refused question goes back there."""
         turns = plain(history)
         if not turns or turns[-1]["role"] != "user":
-            yield history, ""
+            yield history, "", gr.skip()
             return
         fields: dict[str, Any] = {"temperature": float(temperature), "top_p": float(top_p), "max_tokens": int(max_tokens)}
         try:
@@ -72,10 +76,10 @@ class Page:
             stream = self.service.submit(ids, params, served)
         except (SwiftError, APIError) as error:
             gr.Warning(str(error), title="")
-            yield history, ""
+            yield history[:-1], "", turns[-1]["content"]
             return
         started, first, painted = time.monotonic(), 0.0, 0.0
-        yield [*history, {"role": "assistant", "content": ""}], ""
+        yield [*history, {"role": "assistant", "content": ""}], "", gr.skip()
         try:
             async for output in stream:
                 now = time.monotonic()
@@ -86,7 +90,8 @@ class Page:
                 if now - painted >= PAINT or output.finished:
                     painted = now
                     answer = output.outputs[0]
-                    yield [*history, {"role": "assistant", "content": answer.text}], speed(len(answer.token_ids), started, first, now)
+                    line = speed(len(answer.token_ids), started, first, now)
+                    yield [*history, {"role": "assistant", "content": answer.text}], line, gr.skip()
         finally:
             stream.abort()
 
@@ -131,7 +136,7 @@ def build(service: Service) -> gr.Blocks:
                     height="calc(100dvh - 230px)",
                     min_height=260,
                     buttons=["copy"],
-                    allow_tags=False,
+                    allow_tags=True,  # <think>, List<String>: shown, not taken for HTML
                     layout="bubble",
                     placeholder=word("placeholder"),  # type: ignore[arg-type]  # gradio translates it, its annotation lags
                     examples=[{"text": example} for example in EXAMPLES],
@@ -155,28 +160,34 @@ def build(service: Service) -> gr.Blocks:
                 max_tokens = gr.Slider(1, room, limit, step=1, label=word("max_tokens"), elem_id="max_tokens")
                 seed = gr.Textbox("", label=word("seed"), max_lines=1, elem_id="seed", placeholder=word("seed_hint"))
 
+        # gradio 6.31 shows a message with C++ as empty, unless C, whose grammar C++'s builds on, was shown before.
+        gr.Markdown("```c\n```", elem_id="grammar")
+
+        running = gr.Checkbox(False, visible=False)  # gr.State would keep a connection open, which the server's end then waits for
         asked = [chat, model, system, temperature, top_p, max_tokens, seed]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
         def busy(value: bool) -> list[Any]:
-            return [gr.Button(visible=not value), gr.Button(visible=value)]
+            return [gr.Button(visible=not value), gr.Button(visible=value), value]
+
+        shown = [send, stop, running]
 
         def answering(event: Any) -> Any:
-            running = event.then(lambda: busy(True), outputs=[send, stop], queue=False, **hidden)
-            running = running.then(page.answer, asked, [chat, figures], concurrency_limit=None, **hidden)
-            running.then(lambda: busy(False), outputs=[send, stop], queue=False, **hidden)
-            return running
+            begun = event.then(lambda: busy(True), outputs=shown, queue=False, **hidden)
+            answer = begun.then(page.answer, asked, [chat, figures, message], concurrency_limit=None, **hidden)
+            answer.then(lambda: busy(False), outputs=shown, queue=False, **hidden)
+            return answer
 
         def example(choice: gr.SelectData) -> list[Turn]:
             return [{"role": "user", "content": choice.value["text"]}]
 
         runs = [
-            answering(gr.on([message.submit, send.click], page.take, [message, chat], [message, chat], queue=False, **hidden)),
+            answering(gr.on([message.submit, send.click], page.take, [message, chat, running], [message, chat], queue=False, **hidden)),
             answering(chat.example_select(example, None, chat, queue=False, **hidden)),
             answering(retry.click(page.without_answer, chat, chat, queue=False, **hidden)),
         ]
-        stop.click(lambda: busy(False), outputs=[send, stop], cancels=runs, queue=False, **hidden)
-        emptied = clear.click(lambda: ([], "", *busy(False)), None, [chat, figures, send, stop], cancels=runs, queue=False, **hidden)
+        stop.click(lambda: busy(False), outputs=shown, cancels=runs, queue=False, **hidden)
+        emptied = clear.click(lambda: ([], "", *busy(False)), None, [chat, figures, *shown], cancels=runs, queue=False, **hidden)
         emptied.then(None, js="() => document.querySelector('#message textarea').focus()")
         blocks.load(page.models, outputs=model, queue=False, **hidden)
     return blocks
@@ -199,6 +210,7 @@ def mount(app: FastAPI, service: Service, api_key: str | None = None) -> FastAPI
         run_history=False,
         theme=THEME,
         css=CSS,
+        head=HEAD,
         i18n=WORDS,
         ssr_mode=False,
         show_error=True,

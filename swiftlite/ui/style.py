@@ -52,7 +52,7 @@ THEME = gr.themes.Soft(
 )  # fmt: skip
 
 CSS = """
-footer { display: none !important; }
+footer, #grammar { display: none !important; }
 .gradio-container { max-width: 1240px !important; width: 100%; margin: 0 auto !important; padding: 0 !important; }
 .gradio-container .app { max-width: none !important; padding: 14px 20px !important; }
 #top { align-items: center; justify-content: space-between; flex-wrap: nowrap; }
@@ -60,6 +60,7 @@ footer { display: none !important; }
 #brand, #brand .html-container { padding: 0 !important; }
 #brand h1 { font-size: 1.2rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 #model { max-width: 340px; border: 1px solid var(--border-color-primary); border-radius: 12px; }
+#model input { padding-right: 36px; text-overflow: ellipsis; }
 #body { gap: 24px; }
 #chat { border: 1px solid var(--border-color-primary); border-radius: 16px; background: var(--block-background-fill); }
 #chat .top-panel, #chat .icon-button-wrapper.top-panel { display: none !important; }
@@ -68,7 +69,7 @@ footer { display: none !important; }
 #chat .examples button, #chat button.example { border: 1px solid var(--border-color-primary); border-radius: 12px; }
 #chat .message { font-size: 0.95rem; line-height: 1.6; }
 #ask { align-items: end; gap: 8px; }
-#message textarea { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 10px 14px; }
+#message textarea { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 11px 14px; min-height: 44px; }
 #send, #stop { height: 44px; border-radius: 12px; }
 #below { align-items: center; gap: 8px; min-height: 32px; flex-wrap: nowrap; }
 #speed { flex: 1; opacity: 0.7; font-variant-numeric: tabular-nums; }
