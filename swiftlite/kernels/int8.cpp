@@ -260,15 +260,21 @@ void multiply_int8(const NarrowProduct& p, bf16* kept, int index, int count) {
 }
 
 #ifdef SWIFT_AMX
+// Panels that meet all rows together, see unit.h: one of them while few rows stay in the second-level cache; else as many as fill half of
+// what stays there, as the next ones are widened into the other half.
+int64_t panels_together(int64_t rows, int64_t k) {
+    return rows * k <= UNIT_RESIDENT ? 1 : std::max((int64_t)2, UNIT_RESIDENT / 2 / (WIDTH * k));
+}
+
 // While some inputs are multiplied, those to come are widened beside them into the ring `kept`: a few steps' for one block of rows, so
-// that they never leave the first-level cache, two panels' for more blocks, which all read them.
+// that they never leave the first-level cache, twice the panels that are together for more blocks, which all read them.
 void multiply_int8_by_unit(const NarrowProduct& p, bf16* kept, int index, int count) {
     const RowBlocks blocks(p.rows);
     const Tiles tiles = blocks.tiles();
     const Widening widened;
     const int64_t panels = p.panels(), begin = panels * index / count, end = panels * (index + 1) / count;
     const int64_t size = WIDTH * p.k, piece = WIDTH * DEPTH, steps = p.k / DEPTH, all = (end - begin) * steps;  // a panel, a step's part
-    const int64_t early = blocks.count == 1 ? EARLY : steps, ring = blocks.count == 1 ? 2 * EARLY : 2 * steps;
+    const int64_t together = panels_together(p.rows, p.k), early = blocks.count == 1 ? EARLY : together * steps, ring = 2 * early;
     const int8_t* w = p.w + begin * size;
     const auto widen = [&](int64_t step) {  // counted through all panels
         if (step >= all) return;
@@ -281,28 +287,43 @@ void multiply_int8_by_unit(const NarrowProduct& p, bf16* kept, int index, int co
             _mm512_store_si512(to + i + 32, (__m512i)second);
         }
     };
-    for (int64_t step = 0; step < early; step++) widen(step);
-    for (int64_t panel = begin; panel < end; panel++) {
-        const Outputs outputs = p.outputs(panel);
+    // One block with one panel; `along(step)` is done beside each step.
+    const auto multiply = [&](auto passing, int64_t row, int64_t panel, auto along) {
+        alignas(64) float sums[32 * WIDTH];
         const int64_t before = (panel - begin) * steps;
-        const Fetch next(p.w + (panel + 1) * size + early * piece, panel + 1 < end ? size : 0, steps * blocks.count);
-        const auto along = [&](int64_t step) {
-            next(step);
-            if (step % blocks.count == 0) widen(before + early + step / blocks.count);
-        };
+        const Outputs outputs = p.outputs(panel);
+        bf16* out = p.out + row * p.n + panel * WIDTH;
+        const FetchOut result{out, p.n, blocks.size};
+        clear_sums(blocks);
+        add_products<passing>(blocks, p.x + row * p.stride, p.stride, [&](int64_t step) { return kept + (before + step) % ring * piece; }, p.k,
+                              [&](int64_t step) {
+                                  along(step);
+                                  result(step);
+                              });
+        store_sums(sums, blocks);
+        each_row(sums, blocks, [&](int r, __m512 low, __m512 high) { outputs.write(out + r * p.n, low, high, p.sums[row + r]); });
+    };
+    for (int64_t step = 0; step < early; step++) widen(step);
+    for (int64_t first = begin; first < end; first += together) {
+        const int64_t last = std::min(first + together, end), before = (first - begin) * steps;
+        const Fetch next(p.w + last * size + early * piece, last < end ? (last - first) * size : 0, (last - first) * steps * blocks.count);
         for (int64_t block = 0; block < blocks.count; block++) {
-            alignas(64) float sums[32 * WIDTH];
-            const int64_t row = blocks.first(block);
-            bf16* out = p.out + row * p.n + panel * WIDTH;
-            const FetchOut result{out, p.n, blocks.size};
-            clear_sums(blocks);
-            add_products<false>(blocks, p.x + row * p.stride, p.stride, [&](int64_t step) { return kept + (before + step) % ring * piece; }, p.k,
-                                [&](int64_t step) {
-                                    along(block * steps + step);
-                                    result(step);
-                                });
-            store_sums(sums, blocks);
-            each_row(sums, blocks, [&](int r, __m512 low, __m512 high) { outputs.write(out + r * p.n, low, high, p.sums[row + r]); });
+            const int64_t row = blocks.first(block), then = blocks.first((block + 1) % blocks.count);
+            FetchRows ahead{p.x + then * p.stride, p.stride, p.k, blocks.size};
+            for (int64_t panel = first; panel < last; panel++) {
+                const int64_t done = (block * (last - first) + panel - first) * steps;
+                const auto along = [&](int64_t step) {
+                    next(done + step);
+                    if ((done + step) % blocks.count == 0) widen(before + early + (done + step) / blocks.count);
+                };
+                if (together == 1)
+                    multiply(std::false_type(), row, panel, along);
+                else
+                    multiply(std::true_type(), row, panel, [&](int64_t step) {
+                        along(step);
+                        ahead();
+                    });
+            }
         }
     }
 }
@@ -319,7 +340,9 @@ class Narrow : public Work {
         static thread_local std::vector<__m512i> memory;
 #ifdef SWIFT_AMX
         if (product.rows >= UNIT_ROWS && product.k % DEPTH == 0 && amx_ready())
-            return multiply_int8_by_unit(product, kept<bf16>(memory, 2 * WIDTH * std::max(product.k, EARLY * DEPTH)), team.index, team.count);
+            return multiply_int8_by_unit(
+                product, kept<bf16>(memory, 2 * WIDTH * std::max(panels_together(product.rows, product.k) * product.k, EARLY * DEPTH)), team.index,
+                team.count);
 #endif
         multiply_int8(product, kept<bf16>(memory, product.rows > PANEL_ROWS ? WIDTH * product.k : 0), team.index, team.count);
     }
