@@ -88,6 +88,15 @@ def test_rounds_as_the_export_does(kernels: Kernels | None, dtype: torch.dtype) 
         assert torch.equal(ours.rows(0, n), q) and torch.equal(ours.scale, scale[:, 0].float())
 
 
+@pytest.mark.parametrize("widths", [(64, 32, 32), (32, 7), (40, 24)])
+def test_parts_are_their_joined_weight(kernels: Kernels | None, widths: tuple[int, ...]) -> None:
+    """Whether each begins a panel or not."""
+    library = None if kernels is None else HERE
+    parts = [torch.randn(width, 64).bfloat16() for width in widths]
+    ours, joined = choose_int8(library)(*parts), choose_int8(library)(torch.cat(parts))
+    assert torch.equal(ours.rows(0, sum(widths)), joined.rows(0, sum(widths))) and torch.equal(ours.scale, joined.scale)
+
+
 def dequantized(base: Path):
     """The stock model with every linear, a tied head included, rounded to int8."""
     from transformers import AutoModelForCausalLM

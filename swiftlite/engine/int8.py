@@ -8,12 +8,14 @@ weight: the same memory, slower. The kernels check nothing: addresses and sizes 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from swiftlite.engine.panels import PANEL
 from swiftlite.kernels.stages import Run
 from swiftlite.models.packed import Pack, PackedWeight, join_rows
 from swiftlite.pages import zeros
@@ -92,7 +94,7 @@ class PanelInt8:
 
     def __init__(self, kernels: Kernels, n: int, k: int) -> None:
         self.kernels, self.n, self.k = kernels, n, k
-        self.data = zeros(-(-n // 32) * 32 * k, dtype=torch.int8)
+        self.data = zeros(-(-n // PANEL) * PANEL * k, dtype=torch.int8)
         self.scale = torch.empty(n)
         self.addresses = self.data.data_ptr(), self.scale.data_ptr()
         function, self.product = self.stage(None)
@@ -109,12 +111,17 @@ class PanelInt8:
         self.kernels.pack(self.addresses[0] + first * self.k, q.data_ptr(), len(q), self.k, torch.get_num_threads())
         self.scale[first : first + len(q)] = scale
 
-    def quantize(self, weight: Tensor) -> None:
-        """Take all of a float32 or bfloat16 weight [n, in], rounded as `round_to_nearest` does."""
-        assert weight.dtype in (torch.float32, torch.bfloat16) and weight.shape == (self.n, self.k)
-        weight = weight.contiguous()
-        narrow, threads = weight.dtype == torch.bfloat16, torch.get_num_threads()
-        self.kernels.quantize(narrow, *self.addresses, weight.data_ptr(), self.n, self.k, threads)
+    def quantize(self, weights: Sequence[Tensor]) -> None:
+        """Take all of a float32 or bfloat16 weight [n, in], given in parts below each other, rounded as `round_to_nearest` does."""
+        if any(len(weight) % PANEL for weight in weights[:-1]):  # else each begins a panel, and no joined copy is needed
+            weights = (join_rows(weights),)
+        assert sum(len(weight) for weight in weights) == self.n
+        first, threads, (to, scale) = 0, torch.get_num_threads(), self.addresses
+        for weight in weights:
+            assert weight.dtype in (torch.float32, torch.bfloat16) and weight.shape[1] == self.k
+            plain, narrow = weight.detach().contiguous(), weight.dtype == torch.bfloat16
+            self.kernels.quantize(narrow, to + first * self.k, scale + 4 * first, plain.data_ptr(), len(plain), self.k, threads)
+            first += len(plain)
 
     def rows(self, first: int, end: int) -> Tensor:
         out = torch.empty(end - first, self.k, dtype=torch.int8)
@@ -156,11 +163,11 @@ def choose_int8(library: ctypes.CDLL | None) -> Pack:
     kernels = None if library is None else Kernels(library)
 
     def pack(*weights: Tensor) -> PackedWeight:
-        weight = join_rows(weights)
-        packed = new_int8(kernels, *weight.shape)
+        packed = new_int8(kernels, sum(len(weight) for weight in weights), weights[0].shape[1])
         if isinstance(packed, PanelInt8):
-            packed.quantize(weight)
+            packed.quantize(weights)
             return packed
+        weight = join_rows(weights)
         for first in range(0, len(weight), PIECE):
             q, scale = round_to_nearest(weight[first : first + PIECE], 8, None)
             packed.put(first, q, scale[:, 0])
