@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ class LLM:
 
         config, name = EngineConfig(**settings), str(dtype).removeprefix("torch.")
         ahead = startup.begin(model_dir, meanwhile=lambda: pack_ahead(model_dir, name, device, config.quantization))
-        self.engine = Engine(model_dir, config, dtype=dtype, device=device, adapters=adapters, ahead=ahead)
+        with ahead or nullcontext():
+            self.engine = Engine(model_dir, config, dtype=dtype, device=device, adapters=adapters, ahead=ahead)
 
     @cached_property
     def template(self) -> Template:

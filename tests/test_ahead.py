@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,36 @@ def test_what_is_not_the_files_is_packed_as_ever(checkpoint) -> None:
     changed = begin(path)
     v += 1
     assert changed.take([v]) is None
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "gone"])
+def test_files_that_change_meanwhile_are_not_believed(checkpoint, how: str) -> None:
+    path = checkpoint()
+    ahead, file = begin(path), path / "model.safetensors"
+    (path / "copy").write_bytes(file.read_bytes())
+    if how == "replaced":
+        (path / "copy").replace(file)
+    elif how == "written to":
+        with open(file, "r+b") as opened:
+            opened.seek(-1, 2)
+            opened.write(b"?")
+    else:
+        file.unlink()
+        (path / "copy").rename(file)
+    weight = load_file(file)["model.layers.0.mlp.down_proj.weight"]
+    assert ahead.take([weight]) is None
+    ahead.close()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_packing(checkpoint) -> None:
+    from swiftlite import LLM
+    from swiftlite.errors import ModelError
+
+    path = checkpoint()
+    (path / "config.json").write_text("{}")
+    with pytest.raises(ModelError):
+        LLM(str(path), dtype="bfloat16", device="cpu")
+    assert not any(thread.name == "swiftlite-pack-ahead" for thread in threading.enumerate())
 
 
 def test_what_nobody_takes_is_given_back(checkpoint) -> None:

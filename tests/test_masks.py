@@ -274,6 +274,28 @@ def test_tool_results_that_are_left_out_are_refused() -> None:
         template.encode_training(Conversation(chat))
 
 
+def test_requests_are_asked_once_what_the_template_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent sends its whole history at each turn: looked at call by call, that would be a rendering for each again and again."""
+    template, rendered = load("qwen2_5", "bytelevel"), []
+    render = template._rendered
+    monkeypatch.setattr(template, "_rendered", lambda *args: rendered.append(None) or render(*args))
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": "{}"}}]}
+    chat = [*turns("weather?"), *[call, {"role": "tool", "content": "sunny"}] * 20]
+    first = template.encode_prompt(chat, tools=tools)
+    assert len(rendered) == 2 * 3 + 1
+    rendered.clear()
+    assert template.encode_prompt(chat, tools=tools) == first and len(rendered) == 1
+
+
+def test_a_template_that_cannot_stop_between_results_writes_them() -> None:
+    """Looked at up to one of two results it raises, the whole it renders."""
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls or '' }}\n{% endfor %}{% if messages[-1].content == 'one' %}{{ raise_exception('more') }}{% endif %}"  # noqa: E501
+    template = Template(make_tokenizer("bytelevel"), source, "x")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}] * 2}
+    assert template.encode_prompt([*turns("q"), call, {"role": "tool", "content": "one"}, {"role": "tool", "content": "two"}])
+
+
 @pytest.mark.parametrize("value", [False, 0, 0.0, "false", "False"])
 @pytest.mark.parametrize("role", ["assistant", "tool_call"])
 def test_a_message_s_loss_takes_its_turn_out(value: object, role: str) -> None:

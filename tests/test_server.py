@@ -417,6 +417,12 @@ def test_tritons_generate_call(port, client, service):
     for name, value in wrong.items():
         status, answer = generate({**body, name: value})
         assert status == 400 and isinstance(answer["error"], str), name
+    assert generate({**body, "end_id": "x"})[1]["error"].startswith("end_id")
+    assert "stream" in generate({**body, "stream": True})[1]["error"] and generate({**body, "stream": False})[0] == 200
+    for origin, wanted in ((f"http://127.0.0.1:{port}", 200), ("http://elsewhere.example", 400)):  # a page of another site
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v2/models/ensemble/generate", json.dumps(body), {"Content-Type": "text/plain", "Origin": origin})
+        assert connection.getresponse().status == wanted
     assert settled(service.engine)
 
 

@@ -12,6 +12,7 @@ from test_runner import CPU, Item, Seq, prompts_for
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.bridge import ForwardBatch
 from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.lora_native import NativeJob
 from swiftlite.engine.panels import Panels
 from swiftlite.engine.runner import Runner
 from swiftlite.engine.staged import Linears, Stack
@@ -131,12 +132,21 @@ def test_adapters_of_many_rows(quantization: str | None, make_model, make_adapte
     for index, kind in enumerate(kinds):
         runner.lora.add(f"a{index}", make_adapter(path, index, **kind))
     one, two, three = (runner.lora.acquire(f"a{index}") for index in range(3))
+    joined: list[bool] = []
+    build = NativeJob.__init__
+
+    def noted(self: NativeJob, *args) -> None:
+        build(self, *args)
+        joined.append(all(self.joined))
+
+    monkeypatch.setattr(NativeJob, "__init__", noted)
     for versions in ([one, None, two], [two], [three, one], [None, three, three]):
         lengths = [70, 33, 41][: len(versions)]
         together, apart, calls = both_ways(monkeypatch, lambda lengths=lengths, versions=versions: steps_of(runner, lengths, versions))
         assert calls == 3
         for left, right in zip(together, apart, strict=True):
             assert torch.equal(left, right)
+    assert set(joined) == ({True, False} if library.swift_adapted_ready() else {False})  # type: ignore[union-attr]
 
 
 def test_what_is_no_stage_goes_step_by_step(make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ from swiftlite.chat.masks import (
 )
 from swiftlite.chat.scales import parse as parse_scale
 from swiftlite.chat.tokens import ControlTokens
-from swiftlite.chat.tools import check_thought, check_written
+from swiftlite.chat.tools import TOOLS, check_thought, check_written
 from swiftlite.errors import DataError, RequestError, SwiftError, TemplateError
 
 SAVED = "swift_template.json"
@@ -81,6 +81,7 @@ class Template:
         self.tokens = ControlTokens(tokenizer, "\0".join(self.sources.values()))
         self._special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         self._tails: dict[str, list[int]] = {}
+        self._written: set[str] = set()  # what of tools requests have shown the template to write
         plain, full = (self.tokens.backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
         at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
         self._text_prefix: list[int] = full[:at]  # what the tokenizer puts before a text: bos, mostly
@@ -228,9 +229,12 @@ class Template:
         (prepared, tools, kwargs), mark = self.tokens.mark((prepared, tools or None, template_kwargs))
         if tools or any(message["role"] == "tool" or "tool_calls" in message for message in prepared):
             try:  # or the model would be asked without them, and nobody told
-                check_written(lambda part, offered: self._rendered(part, offered, False, kwargs, _row_error), prepared, tools)
+                check_written(
+                    lambda part, offered: self._rendered(part, offered, False, kwargs, _row_error), prepared, tools, self._written
+                )
             except DataError as error:
-                raise RequestError(error.what, fix="use a model whose template does, or leave them out", param="messages") from None
+                param = "tools" if error.what.endswith(TOOLS) else "messages"
+                raise RequestError(error.what, fix="use a model whose template does, or leave them out", param=param) from None
         return self.tokens.encode(self._rendered(prepared, tools, add_generation_prompt, kwargs, _request_error), mark)
 
     def encode_text(self, text: str, parse_special: bool = False) -> list[int]:

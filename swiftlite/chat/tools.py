@@ -10,28 +10,37 @@ from collections.abc import Callable
 from swiftlite.chat.conversation import Message
 from swiftlite.errors import DataError
 
+TOOLS = "the tools"
 Render = Callable[[list[Message], list | None], str]  # messages, tools -> the finished conversation
 
 
-def check_written(render: Render, messages: list[Message], tools: list | None) -> None:
-    """DataError for the first kind of thing that makes no difference to the rendering."""
+def check_written(render: Render, messages: list[Message], tools: list | None, known: set[str] | None = None) -> None:
+    """DataError for the first kind of thing that makes no difference to the rendering.
 
-    def same(rendered: str, changed: list[Message], offered: list | None) -> bool:
+    `known`: kinds that were found to be written before and are not looked at again; what is found joins it.
+    """
+
+    def check(what: str, whole: list[Message], changed: list[Message], offered: list | None) -> None:
+        if known is not None and what in known:
+            return
         try:
-            return render(changed, offered) == rendered
+            if render(whole, tools) == render(changed, offered):
+                raise _unwritten(what)
+        except _Unwritten:
+            raise
         except DataError:
-            return False  # what a template cannot do without, it writes
+            pass  # what a template cannot do without, it writes
+        if known is not None:
+            known.add(what)
 
     for end, message in enumerate(messages):
-        bare, what = message, ""
         if "tool_calls" in message:
-            bare, what = {key: value for key, value in message.items() if key != "tool_calls"}, "tool calls"
+            bare = {key: value for key, value in message.items() if key != "tool_calls"}
+            check("tool calls", messages[: end + 1], [*messages[:end], bare], tools)
         elif message["role"] == "tool" and message["content"]:
-            bare, what = {**message, "content": ""}, "tool results"
-        if what and same(render(messages[: end + 1], tools), [*messages[:end], bare], tools):
-            raise _unwritten(what)
-    if tools and same(render(messages, tools), messages, None):
-        raise _unwritten("the tools")
+            check("tool results", messages[: end + 1], [*messages[:end], {**message, "content": ""}], tools)
+    if tools:
+        check(TOOLS, messages, messages, None)
 
 
 def check_thought(message: Message, answer: str) -> None:
@@ -41,5 +50,9 @@ def check_thought(message: Message, answer: str) -> None:
         raise _unwritten("thoughts (reasoning_content)")
 
 
+class _Unwritten(DataError):
+    pass
+
+
 def _unwritten(what: str) -> DataError:
-    return DataError(f"the chat template does not write {what}", fix="use a model whose template does, or leave such rows out")
+    return _Unwritten(f"the chat template does not write {what}", fix="use a model whose template does, or leave such rows out")

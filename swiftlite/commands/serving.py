@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,14 +197,15 @@ def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) ->
             settings[name] = int(options.values[name] * 2**30)
     if "max_logprobs" in options.values:
         settings["max_logprobs"] = options.max_logprobs
-    engine = Engine(
-        plan.model_dir,
-        EngineConfig(**{**settings, **overrides}),
-        dtype=options.torch_dtype,
-        device=options.device,
-        adapters={name: str(path) for name, path in plan.adapters.items()},
-        ahead=ahead,
-    )
+    with ahead or nullcontext():
+        engine = Engine(
+            plan.model_dir,
+            EngineConfig(**{**settings, **overrides}),
+            dtype=options.torch_dtype,
+            device=options.device,
+            adapters={name: str(path) for name, path in plan.adapters.items()},
+            ahead=ahead,
+        )
     return engine, list(plan.adapters)
 
 

@@ -61,12 +61,15 @@ class Ahead:
         self._function, size = panels.library.swift_pack_all, 0
         self._weights: dict[tuple[str, int], _Weight] = {}
         self._mapped: dict[str, mmap.mmap] = {}
+        self._states: dict[str, tuple[int, ...]] = {}
         for file, offset, n, k in _linears(directory):
             weight = _Weight(file, offset, n, k, size)
             self._weights[file, offset] = weight
             size = weight.end
+        self._all = list(self._weights.values())
         self._data = zeros(size, dtype=torch.bfloat16)
-        self._jobs = (_Packing * len(self._weights))(*(self._job(weight) for weight in self._weights.values()))
+        largest_first = sorted(self._weights.values(), key=lambda weight: weight.place - weight.end)
+        self._jobs = (_Packing * len(largest_first))(*(self._job(weight) for weight in largest_first))
         self._next = ctypes.c_int64(0)  # the first that nobody has begun
         self._claimed: set[_Weight] = set()
         self._files: list[Mapping] = []
@@ -76,6 +79,7 @@ class Ahead:
     def _job(self, weight: _Weight) -> _Packing:
         if weight.file not in self._mapped:
             with open(weight.file, "rb") as file:
+                self._states[weight.file] = _state(os.fstat(file.fileno()))
                 self._mapped[weight.file] = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)  # ctypes takes no read-only memory
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._mapped[weight.file]))
         return _Packing(self._data.data_ptr() + 2 * weight.place, start + weight.offset, weight.n, weight.k)
@@ -84,10 +88,17 @@ class Ahead:
         self._function(self._jobs, len(self._jobs), ctypes.byref(self._next))
 
     def _finish(self) -> None:
-        if self._thread is not None:
-            self._pack()  # with the thread, if it is not done
-            self._thread.join()
-            self._thread, self._files = None, mapped_files()
+        if self._thread is None:
+            return
+        helpers = [threading.Thread(target=self._pack, daemon=True) for _ in range(torch.get_num_threads() - 2)]
+        for helper in helpers:
+            helper.start()
+        self._pack()  # with the others, what is left
+        for thread in (*helpers, self._thread):
+            thread.join()
+        self._thread, self._files = None, mapped_files()
+        changed = {file for file, state in self._states.items() if not os.path.exists(file) or _state(os.stat(file)) != state}
+        self._weights = {place: weight for place, weight in self._weights.items() if weight.file not in changed}
 
     def take(self, weights: Sequence[Tensor]) -> Tensor | None:
         """The panels of weights [out, in] below each other, where all are unchanged parts of the files and lie so here."""
@@ -107,12 +118,24 @@ class Ahead:
                     return found
         return None
 
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Give back the memory of what was not taken."""
+        """Pack no more, and give back the memory of what was not taken. It may be called again."""
+        self._next.value = len(self._jobs)
         self._finish()
-        for weight in self._weights.values():
+        for weight in self._all:
             if weight not in self._claimed:
                 give_back(self._data[weight.place : weight.end])
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file does."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def pack_ahead(directory: Path, dtype: str, device: str, quantization: str | None) -> Ahead | None:

@@ -25,7 +25,7 @@ JOINED_ROWS, SEGMENT_ROWS = 64, 8  # rows of a batch, and of a segment in the me
 
 
 class Args(ctypes.Structure):
-    """struct Args of lora.cpp."""
+    """struct Args of adapters.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("segments", "outs", "x", "y", "h")),

@@ -79,8 +79,6 @@ class Runner:
             pack = choose_pack(self.bridge.library, dtype, ahead)
             pack_linears(self.model, self.bridge.shared_inputs, pack)
             pack_tied_head(self.model, pack)
-        if ahead is not None:
-            ahead.close()
         self.fused_layers = 0
         self.kernels: Kernels | None = None
         steps = None if self.bridge.library is None else load_library("steps")

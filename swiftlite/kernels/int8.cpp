@@ -260,10 +260,10 @@ void multiply_int8(const NarrowProduct& p, bf16* kept, int index, int count) {
 }
 
 #ifdef SWIFT_AMX
-// Panels that meet all rows together, see unit.h: one of them while few rows stay in the second-level cache; else as many as fill half of
-// what stays there, as the next ones are widened into the other half.
+// Panels that meet all rows together, see unit.h: one of them while few rows stay in the second-level cache; else two at least, or as many
+// as fill half of what stays there, as the next ones are widened into the other half.
 int64_t panels_together(int64_t rows, int64_t k) {
-    return rows * k <= UNIT_RESIDENT ? 1 : std::max((int64_t)2, UNIT_RESIDENT / 2 / (WIDTH * k));
+    return rows <= 32 || rows * k <= UNIT_RESIDENT ? 1 : std::max((int64_t)2, UNIT_RESIDENT / 2 / (WIDTH * k));
 }
 
 // While some inputs are multiplied, those to come are widened beside them into the ring `kept`: a few steps' for one block of rows, so

@@ -201,7 +201,9 @@ def mapped_files() -> list[Mapping]:
             first, end = (int(text, 16) for text in head[0].split("-"))
             is_file = len(head) == 6 and head[5].startswith("/")
             mapping = Mapping(first, end, head[5].rstrip("\n"), int(head[2], 16)) if is_file else None
-        elif head[0] == "Anonymous:" and head[1] == "0" and mapping is not None:  # pages that were written to are the process's own
+        elif head[0] in ("Anonymous:", "Swap:") and head[1] != "0":
+            mapping = None  # pages that were written to are the process's own
+        elif head[0] == "Swap:" and mapping is not None:  # which comes after the other
             found.append(mapping)
     return found
 

@@ -86,8 +86,13 @@ def _no_constant(name: str) -> Any:
 
 
 async def read_json(request: Request, any_type: bool = False) -> dict[str, Any]:
-    """The body as a JSON object, `any_type`: whatever its header says. APIError 400 (not JSON), 408 (too slow) or 413 (too large)."""
-    if not any_type and request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    """The body as a JSON object. APIError 400 (not JSON), 408 (too slow) or 413 (too large).
+
+    `any_type`: whatever its header says, unless a page of another site asks: a browser lets it send all but JSON without asking us.
+    """
+    origin = request.headers.get("origin")
+    own = origin is None or origin.partition("://")[2] == request.headers.get("host")
+    if not (any_type and own) and request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise APIError("send the body as JSON, with the header `Content-Type: application/json`")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise APIError("compressed bodies are not accepted")

@@ -1,11 +1,12 @@
 """`POST /v2/models/{name}/generate`: Triton's call as TensorRT-LLM's `ensemble` answers it, one flat JSON object.
 
 `ensemble` is the base model; the names of /v1/models are served as well. The body is JSON whatever its content type says, as
-Triton reads it, and an error is `{"error": text}`. As there, a request that asks for no sampling is greedy.
+Triton reads it, and what is wrong with a request is said as `{"error": text}`. As there, a request that asks for no sampling is greedy.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -35,7 +36,14 @@ def add_routes(app: FastAPI, service: Service) -> None:
             return JSONResponse(await _answer(service, name, http))
         except (APIError, SwiftError) as error:
             refused = as_api_error(error, http.scope.get("request_id", ""))
-            return JSONResponse({"error": refused.message}, 404 if refused.param == "model" else refused.status)
+            return JSONResponse({"error": _in_their_words(refused.message)}, 404 if refused.param == "model" else refused.status)
+
+
+def _in_their_words(message: str) -> str:
+    """What begins with one of our names begins with theirs."""
+    field = re.match(r"\w*", message)[0]  # type: ignore[index]
+    theirs = {**{ours: name for name, ours in FIELDS.items()}, "stop_token_ids": "end_id", "best_of": "beam_width"}.get(field, field)
+    return theirs + message[len(field) :]
 
 
 async def _answer(service: Service, name: str, http: Request) -> dict[str, Any]:
@@ -46,6 +54,9 @@ async def _answer(service: Service, name: str, http: Request) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise APIError("parameters must be an object", param="parameters")
     given = {key: value for key, value in {**parameters, **body}.items() if value not in (None, "", [], [""])}
+    for field, plain in (("stream", False), ("num_return_sequences", 1)):
+        if given.get(field, plain) != plain:
+            raise APIError(f"{field}: {given[field]!r} is not possible here, /v1/completions can do that", param=field)
     request = parse(CompletionRequest, _completion(service, name, given))
     served, [prompt], [params] = await service.off_loop(completions.prepare, service, request)
     [output] = await while_connected(http, results([service.submit(prompt.ids, params, served)]))
