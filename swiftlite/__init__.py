@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name == "LLM":
-        from swiftlite import startup
-
-        startup.begin()
         from swiftlite.offline import LLM
 
         return LLM

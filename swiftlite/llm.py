@@ -11,14 +11,17 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from swiftlite import LLM  # first: it imports torch the quick way
+from swiftlite import LLM
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.engine import Engine
+from swiftlite.engine.opening import open_engine
 from swiftlite.engine.request import RequestOutput, SamplingParams
 from swiftlite.errors import UsageError
 from swiftlite.models.catalog import MODELS
+
+if TYPE_CHECKING:
+    from swiftlite.engine.engine import Engine
 
 __all__ = [
     "LLM", "DeployArguments", "ExportArguments", "InferArguments", "LoRARequest", "ModelType", "SamplingParams", "SftArguments",
@@ -149,7 +152,7 @@ def get_vllm_engine(
         raise UsageError("tensor_parallel_size above 1 needs the vLLM backend", "this engine runs on one device", "leave it at 1")
     dtype = "auto" if torch_dtype is None else str(torch_dtype).removeprefix("torch.")
     config = EngineConfig(max_model_len=max_model_len, gpu_memory_utilization=gpu_memory_utilization, **(engine_kwargs or {}))
-    return VllmEngine(Engine(resolve_model(model_id_or_path or model_type, revision), config, dtype=dtype), model_type)
+    return VllmEngine(open_engine(resolve_model(model_id_or_path or model_type, revision), config, dtype=dtype), model_type)
 
 
 Request = dict[str, Any]  # query, and maybe history [(query, response), ...] and system

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from swiftlite.engine.config import EngineConfig
-from swiftlite.engine.engine import Engine
+from swiftlite.engine.opening import open_engine
 from swiftlite.engine.request import RequestOutput, SamplingParams
 from swiftlite.errors import UsageError
 
@@ -36,7 +35,6 @@ class LLM:
         adapters: dict[str, str] | None = None,
         **settings: Any,
     ) -> None:
-        from swiftlite import startup
         from swiftlite.hub import resolve_model
 
         known = ["model", "dtype", "device", "adapters", *(field.name for field in dataclasses.fields(EngineConfig))]
@@ -44,13 +42,7 @@ class LLM:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 raise UsageError(f"LLM has no setting {name!r}", fix=f"did you mean {close[0]}?" if close else "known: " + ", ".join(known))
-        model_dir = resolve_model(model)
-        from swiftlite.engine.ahead import pack_ahead
-
-        config, name = EngineConfig(**settings), str(dtype).removeprefix("torch.")
-        ahead = startup.begin(model_dir, meanwhile=lambda: pack_ahead(model_dir, name, device, config.quantization))
-        with ahead or nullcontext():
-            self.engine = Engine(model_dir, config, dtype=dtype, device=device, adapters=adapters, ahead=ahead)
+        self.engine = open_engine(resolve_model(model), EngineConfig(**settings), dtype=dtype, device=device, adapters=adapters)
 
     @cached_property
     def template(self) -> Template:

@@ -10,12 +10,11 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swiftlite import startup
 from swiftlite.adapters.names import NAME, NAME_RULE
 from swiftlite.errors import AdapterError, CheckpointError, UsageError
 from swiftlite.hub import resolve_model
@@ -24,7 +23,6 @@ from swiftlite.options.resolve import inherit, read_args
 
 if TYPE_CHECKING:
     from swiftlite.chat.template import Template
-    from swiftlite.engine.ahead import Ahead
     from swiftlite.engine.engine import Engine
     from swiftlite.server.adapters import RuntimeAdapters
     from swiftlite.server.service import Service
@@ -178,15 +176,8 @@ def _merged(options: Options, adapters: dict[str, Path]) -> Path:
 def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) -> tuple[Engine, list[str]]:
     """The engine with its adapters, and their names. `overrides` are EngineConfig fields."""
     plan = plan or make_plan(options)
-
-    def pack() -> Ahead | None:
-        from swiftlite.engine.ahead import pack_ahead
-
-        return pack_ahead(plan.model_dir, options.torch_dtype, options.device, options.quant)
-
-    ahead = startup.begin(plan.model_dir, alone=True, meanwhile=pack)
     from swiftlite.engine.config import EngineConfig
-    from swiftlite.engine.engine import Engine
+    from swiftlite.engine.opening import open_engine
 
     settings = {name: options.values[name] for name in ENGINE_FLAGS}
     settings["quantization"] = options.quant
@@ -197,15 +188,14 @@ def load_engine(options: Options, plan: Plan | None = None, **overrides: Any) ->
             settings[name] = int(options.values[name] * 2**30)
     if "max_logprobs" in options.values:
         settings["max_logprobs"] = options.max_logprobs
-    with ahead or nullcontext():
-        engine = Engine(
-            plan.model_dir,
-            EngineConfig(**{**settings, **overrides}),
-            dtype=options.torch_dtype,
-            device=options.device,
-            adapters={name: str(path) for name, path in plan.adapters.items()},
-            ahead=ahead,
-        )
+    engine = open_engine(
+        plan.model_dir,
+        EngineConfig(**{**settings, **overrides}),
+        dtype=options.torch_dtype,
+        device=options.device,
+        adapters={name: str(path) for name, path in plan.adapters.items()},
+        alone=True,
+    )
     return engine, list(plan.adapters)
 
 
