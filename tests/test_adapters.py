@@ -290,5 +290,8 @@ def test_existing_result_is_kept_unless_told(adapter: Path, tmp_path) -> None:
         to_peft(adapter, out)
     assert [path.name for path in out.iterdir()] == ["mine"]
     to_peft(adapter, out, exist_ok=True)
-    assert (out / WEIGHTS).is_file() and not (out / "mine").exists()
+    assert (out / WEIGHTS).is_file() and (out / "mine").read_text() == "keep"  # a folder with other things in it is not ours to empty
+    (out / "stale").write_text("")
+    to_peft(adapter, out, exist_ok=True)
+    assert (out / WEIGHTS).is_file() and not (out / "stale").exists()  # an earlier result is
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]

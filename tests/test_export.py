@@ -165,13 +165,15 @@ def test_existing_result_is_not_overwritten(run: Path, capsys) -> None:
     assert (target / "adapter_model.safetensors").is_file()
 
 
-def test_what_is_no_earlier_result_is_never_replaced(run: Path, tmp_path: Path, capsys) -> None:
+def test_what_is_no_earlier_result_is_never_emptied(run: Path, tmp_path: Path, capsys) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.txt").write_text("years of work")
     flags = ["--to_peft_format", "true", "--exist_ok", "true", "--export_dir", str(home)]
-    assert main(["export", "--ckpt_dir", str(run), *flags]) == 1
-    assert "cannot be replaced" in capsys.readouterr().err and (home / "thesis.txt").is_file()
+    assert main(["export", "--ckpt_dir", str(run), *flags]) == 0
+    assert (home / "thesis.txt").read_text() == "years of work" and (home / "adapter_model.safetensors").is_file()
+    assert main(["export", "--ckpt_dir", str(run), *flags[:-1], str(home / "thesis.txt")]) == 1
+    assert "is a file" in capsys.readouterr().err and (home / "thesis.txt").read_text() == "years of work"
 
 
 def test_the_command_in_a_process_of_its_own(run: Path) -> None:

@@ -178,16 +178,17 @@ def copy_files(source: str | Path, out: Path, patterns: Iterable[str]) -> list[s
     return copied
 
 
-def _replaceable(out: Path) -> bool:
-    return out.is_dir() and (not any(out.iterdir()) or any((out / name).is_file() for name in ("config.json", "adapter_config.json")))
+def _is_result(out: Path) -> bool:
+    """Whether a directory is one of ours to replace, and not somebody's with other things in it."""
+    return not any(out.iterdir()) or any((out / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 @contextmanager
 def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0, sources: Iterable[str | Path] = ()) -> Iterator[Path]:
     """A directory that appears as `out` only when the block ends well; `needs` bytes must be free on its disk.
 
-    Yields a hidden directory beside `out`. SwiftError when `out` exists (unless `exist_ok`, which replaces a model or an adapter),
-    is or holds one of `sources`, cannot be made, or the disk is too full.
+    Yields a hidden directory beside `out`. SwiftError when `out` exists (unless `exist_ok`, which replaces a model or an adapter, and
+    in any other directory leaves what is there), is or holds one of `sources`, cannot be made, or the disk is too full.
     """
     from safetensors import SafetensorError
 
@@ -201,11 +202,8 @@ def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0, sources: I
             raise SwiftError(f"{out} cannot be the result", f"{source} is read to make it", "pass another --export_dir")
     work = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
-        if out.exists() and not _replaceable(out):
-            raise SwiftError(
-                f"{out} cannot be replaced", "it holds neither a model nor an adapter, so it is no earlier result",
-                "pass another --export_dir, e.g. a new folder in it",
-            )  # fmt: skip
+        if out.exists() and not out.is_dir():
+            raise SwiftError(f"{out} is a file", "the result is a folder", "pass another --export_dir")
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if needs > free:
@@ -217,13 +215,15 @@ def new_directory(out: str | Path, *, exist_ok: bool, needs: int = 0, sources: I
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         yield work
-        if out.exists():
+        if not out.exists():
+            os.replace(work, out)
+        elif _is_result(out):
             old = out.with_name(f".{out.name}.old-{os.getpid()}")
             os.replace(out, old)
             os.replace(work, out)
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
         else:
-            os.replace(work, out)
+            shutil.copytree(work, out, copy_function=os.replace, dirs_exist_ok=True)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own class
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise SwiftError(f"cannot write {out}", reason, "check its permissions and the space left") from error
