@@ -7,8 +7,8 @@ The kernel checks nothing: addresses and sizes must describe the tensors.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from swiftlite.kernels.stages import Run
 from swiftlite.models.packed import OneDnnWeight, Pack, PackedWeight, join_rows
 from swiftlite.pages import zeros
-
-if TYPE_CHECKING:
-    from swiftlite.engine.ahead import Ahead
 
 PANEL = 32  # outputs (WIDTH in panels.h)
 
@@ -96,8 +93,8 @@ class PanelWeight:
         return out
 
 
-def choose_pack(library: ctypes.CDLL | None, dtype: torch.dtype, ahead: Ahead | None = None) -> Pack:
-    """The layout to pack weights of `dtype` into: panels where the kernel can, else oneDNN's. `ahead` has some already."""
+def choose_pack(library: ctypes.CDLL | None, dtype: torch.dtype, ready: Callable[[Sequence[Tensor]], Tensor | None] | None = None) -> Pack:
+    """The layout to pack weights of `dtype` into: panels where the kernel can, else oneDNN's. `ready` gives those that are packed already."""
     if library is None or dtype != torch.bfloat16:
         return OneDnnWeight
     panels = Panels(library)
@@ -105,6 +102,6 @@ def choose_pack(library: ctypes.CDLL | None, dtype: torch.dtype, ahead: Ahead | 
     def pack(*weights: Tensor) -> PackedWeight:
         if not panels.size(*weights[0].shape):
             return OneDnnWeight(*weights)
-        return PanelWeight(panels, *weights, packed=None if ahead is None else ahead.take(weights))
+        return PanelWeight(panels, *weights, packed=None if ready is None else ready(weights))
 
     return pack

@@ -68,15 +68,16 @@ class Runner:
         _check_quantization(config.quantization, device, loaded=model is not None)
         self.model = model or load_model(model_dir, dtype, device, NAME)
         packs = not plain and model is None and config.quantization is None and can_pack(dtype, device)
-        if ahead is not None and packs:
-            pack_tied_head(self.model, choose_pack(load_library(), dtype, ahead))  # so that the bridge's forward has no plain one to read
-        with without_pages(self.model) if config.quantization or ahead is not None else nullcontext():
+        ready = None if ahead is None else ahead.take
+        if ready is not None and packs:
+            pack_tied_head(self.model, choose_pack(load_library(), dtype, ready))  # so that the bridge's forward has no plain one to read
+        with without_pages(self.model) if config.quantization or ready is not None else nullcontext():
             self.bridge = Bridge(self.model, device, config.max_model_len, kernels=not plain)
         if config.quantization:
             pack_tied_head(self.model, choose_int8(self.bridge.library))
             pack_linears(self.model, self.bridge.shared_inputs, choose_int8(self.bridge.library))
         elif packs:
-            pack = choose_pack(self.bridge.library, dtype, ahead)
+            pack = choose_pack(self.bridge.library, dtype, ready)
             pack_linears(self.model, self.bridge.shared_inputs, pack)
             pack_tied_head(self.model, pack)
         self.fused_layers = 0
