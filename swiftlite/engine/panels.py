@@ -94,7 +94,7 @@ class PanelWeight:
 
 
 def choose_pack(library: ctypes.CDLL | None, dtype: torch.dtype, ready: Callable[[Sequence[Tensor]], Tensor | None] | None = None) -> Pack:
-    """The layout to pack weights of `dtype` into: panels where the kernel can, else oneDNN's. `ready` gives those that are packed already."""
+    """The layout to pack weights of `dtype` into: panels where the kernel can, else oneDNN's. `ready` gives what is packed already."""
     if library is None or dtype != torch.bfloat16:
         return OneDnnWeight
     panels = Panels(library)
