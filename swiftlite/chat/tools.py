@@ -24,12 +24,11 @@ def check_written(render: Render, messages: list[Message], tools: list | None, k
         if known is not None and what in known:
             return
         try:
-            if render(whole, tools) == render(changed, offered):
-                raise _unwritten(what)
-        except _Unwritten:
-            raise
+            same = render(whole, tools) == render(changed, offered)
         except DataError:
-            pass  # what a template cannot do without, it writes
+            same = False  # what a template cannot do without, it writes
+        if same:
+            raise _unwritten(what)
         if known is not None:
             known.add(what)
 
@@ -50,9 +49,5 @@ def check_thought(message: Message, answer: str) -> None:
         raise _unwritten("thoughts (reasoning_content)")
 
 
-class _Unwritten(DataError):
-    pass
-
-
 def _unwritten(what: str) -> DataError:
-    return _Unwritten(f"the chat template does not write {what}", fix="use a model whose template does, or leave such rows out")
+    return DataError(f"the chat template does not write {what}", fix="use a model whose template does, or leave such rows out")

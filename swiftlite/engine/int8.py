@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from swiftlite.engine.panels import PANEL
+from swiftlite.engine.panels import PANEL, from_panels
 from swiftlite.kernels.stages import Run
 from swiftlite.models.packed import Pack, PackedWeight, join_rows
 from swiftlite.pages import zeros
@@ -113,8 +113,7 @@ class PanelInt8:
 
     def quantize(self, weights: Sequence[Tensor]) -> None:
         """Take all of a float32 or bfloat16 weight [n, in], given in parts below each other, rounded as `round_to_nearest` does."""
-        if any(len(weight) % PANEL for weight in weights[:-1]):  # else each begins a panel, and no joined copy is needed
-            weights = (join_rows(weights),)
+        weights = from_panels(weights)
         assert sum(len(weight) for weight in weights) == self.n
         first, threads, (to, scale) = 0, torch.get_num_threads(), self.addresses
         for weight in weights:

@@ -51,8 +51,7 @@ class PanelWeight:
         self.run = Run(panels.library, [(function, self.product)])
 
     def _pack(self, weights: Sequence[Tensor]) -> Tensor:
-        if any(len(weight) % PANEL for weight in weights[:-1]):  # else each begins a panel, and no joined copy is needed
-            weights = (join_rows(weights),)
+        weights = from_panels(weights)
         data = zeros(self.panels.size(self.n, self.k), dtype=torch.bfloat16)
         place = data.data_ptr()
         for weight in weights:
@@ -91,6 +90,11 @@ class PanelWeight:
         out = torch.empty(self.n, self.k, dtype=torch.bfloat16)
         self.panels.unpack(out.data_ptr(), self.data.data_ptr(), self.n, self.k, torch.get_num_threads())
         return out
+
+
+def from_panels(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Weights that lie below each other: as they are where each begins a panel, else joined, which is a copy."""
+    return (join_rows(weights),) if any(len(weight) % PANEL for weight in weights[:-1]) else weights
 
 
 def choose_pack(library: ctypes.CDLL | None, dtype: torch.dtype, ready: Callable[[Sequence[Tensor]], Tensor | None] | None = None) -> Pack:
