@@ -55,6 +55,8 @@ FAMILIES: dict[str, tuple[str, str, dict]] = {
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"sliding_window": 16, "query_pre_attn_scalar": 12}),
     "glm4": ("Glm4Config", "Glm4ForCausalLM", {}),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1]}),  # a layer without positions
+    "exaone4": ("Exaone4Config", "Exaone4ForCausalLM", {"sliding_window": 16, "sliding_window_pattern": 3}),  # norms of results only
     "granite": ("GraniteConfig", "GraniteForCausalLM", {"attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
 }
 _LINEAR = {

@@ -15,8 +15,8 @@ from swiftlite.engine.config import EngineConfig
 from swiftlite.engine.layers import _trial, fuse_layers
 from swiftlite.engine.runner import Runner
 from swiftlite.kernels.build import load_library
-from swiftlite.kernels.steps import Kernels
-from swiftlite.models.fused import _fuse_gate, _fuse_norm, _Rope, fuse
+from swiftlite.kernels.steps import Kernels, Rotation
+from swiftlite.models.fused import Rope, _fuse_gate, _fuse_norm, fuse
 from swiftlite.models.loading import load_model
 
 pytestmark = needs_compiler
@@ -106,10 +106,15 @@ class Scaled(nn.Module):
 def test_gates(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
-        for module, taken in ((Gate(nn.SiLU()), True), (Gate(nn.GELU()), False), (Gate(nn.SiLU(), 1.5), False)):
+        for module, taken in (
+            (Gate(nn.SiLU()), True),
+            (Gate(nn.GELU("tanh")), True),
+            (Gate(nn.GELU()), False),
+            (Gate(nn.SiLU(), 1.5), False),
+        ):
             module = module.to(dtype).eval()
             stock, x = module.forward, torch.randn(1, 9, 24).to(dtype)
-            assert _fuse_gate(module, kernels(), dtype, {}) == taken
+            assert (_fuse_gate(module, kernels(), dtype, {}) is not None) == taken
             torch.testing.assert_close(module(x), stock(x), **close(dtype))
 
 
@@ -126,7 +131,7 @@ def test_modules_of_one_kind_are_told_apart_by_their_settings() -> None:
         scaled = [Gate(nn.SiLU(), 1.0).eval() for _ in range(2)]
         for gate, scale in zip(scaled, (1.0, 2.0), strict=True):  # what only a buffer tells apart
             gate.act_fn = Scaled(torch.tensor(scale))
-        assert [_fuse_gate(gate, kernels(), torch.float32, kinds) for gate in scaled] == [True, False]
+        assert [_fuse_gate(gate, kernels(), torch.float32, kinds) is not None for gate in scaled] == [True, False]
         norms = [Norm(16, kind, 1e-5).bfloat16().eval() for kind in (0, 1, 2, 3, 0)]
         found = [_fuse_norm(norm, kernels(), kinds) for norm in norms]
         assert [norm and norm.kind for norm in found] == [0, 1, 2, None, 0]
@@ -136,13 +141,30 @@ def test_modules_of_one_kind_are_told_apart_by_their_settings() -> None:
 def test_rope(dtype: torch.dtype) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    stock = apply_rotary_pos_emb.stock if isinstance(apply_rotary_pos_emb, _Rope) else apply_rotary_pos_emb
+    stock = apply_rotary_pos_emb.stock if isinstance(apply_rotary_pos_emb, Rope) else apply_rotary_pos_emb
     torch.manual_seed(0)
     for dim in (8, 64, 128):
         x = torch.randn(1, 5, 3 * dim + 4).to(dtype)[..., : 3 * dim].view(1, 5, 3, dim).transpose(1, 2)
         angles = torch.randn(1, 5, dim)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        torch.testing.assert_close(kernels().rope(x, cos, sin), stock(x, x, cos, sin)[0], **close(dtype))
+        torch.testing.assert_close(kernels().rope(x, cos, sin, Rotation(dim)), stock(x, x, cos, sin)[0], **close(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rope_of_some_dimensions(pairs: bool, dtype: torch.dtype) -> None:
+    """In halves, as Phi-3 has it, and in pairs, as GLM-4 has it; the others stay as they are."""
+    from transformers.models.glm4.modeling_glm4 import apply_rotary_pos_emb as by_pairs
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as by_halves
+
+    stock = by_pairs if pairs else by_halves
+    stock = stock.stock if isinstance(stock, Rope) else stock
+    torch.manual_seed(0)
+    for dims, dim in ((8, 8), (8, 12), (64, 128), (48, 64), (30, 31)):
+        x = torch.randn(1, 5, 3, dim).to(dtype).transpose(1, 2)
+        half = torch.randn(1, 5, dims // 2)
+        cos, sin = (torch.cat((f(half), f(half)), -1).to(dtype) for f in (torch.cos, torch.sin))
+        torch.testing.assert_close(kernels().rope(x, cos, sin, Rotation(dims, pairs)), stock(x, x, cos, sin)[0], **close(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,14 +185,28 @@ def test_what_is_fused(make_model) -> None:
     """The families that speed matters most for do get the kernels."""
     runner = Runner(make_model("qwen3"), EngineConfig(num_blocks=8), torch.float32, CPU, plain=True)
     done = fuse(runner.model, kernels())
-    assert (len(done.norms), len(done.gates), done.ropes) == (3 * 4 + 1, 3, 1)
+    assert (len(done.norms), len(done.gates), done.rotation) == (3 * 4 + 1, 3, (12, False))
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [("llama", 3), ("qwen2", 3), ("qwen3", 3), ("mistral", 3), ("gemma2", 0), ("granite", 0), ("olmo2", 0)]
+    ("family", "layers"),
+    [
+        ("llama", 3),
+        ("qwen2", 3),
+        ("qwen3", 3),
+        ("mistral", 3),
+        ("phi3", 3),
+        ("gemma2", 3),
+        ("gemma3", 3),
+        ("glm4", 3),
+        ("granite", 3),
+        ("smollm3", 3),
+        ("exaone4", 3),
+        ("olmo2", 0),
+    ],
 )
 def test_whole_layers(family: str, layers: int, make_model) -> None:
-    """Pre-norm layers run as one; others keep their own forward. Residual multipliers and the like are noticed by the check."""
+    """Layers of these kinds run as one; others keep their own forward."""
     runner = make_runner(make_model(family))
     assert runner.fused_layers == layers
 

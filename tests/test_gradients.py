@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from swiftlite.data.store import Sample
 from swiftlite.kernels.build import build
 from swiftlite.kernels.gradients import Gradients, gradients
+from swiftlite.kernels.steps import Rotation
 from swiftlite.models import attention_blocks, segments
 from swiftlite.models.fused import fuse, unfuse
 from swiftlite.models.loading import load_model
@@ -85,7 +86,7 @@ def test_norm(kernels: Gradients, kind: int, dim: int, dtype: torch.dtype) -> No
 def test_gate(kernels: Gradients, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     gate, up = 4 * torch.randn(shape), torch.randn(shape)
     gate[0, 0, :3] = torch.tensor([-200.0, 0.0, 200.0])
-    compare(kernels.silu_mul, lambda a, b: F.silu(a) * b, gate.to(dtype), up.to(dtype))
+    compare(kernels.gate, lambda a, b: F.silu(a) * b, gate.to(dtype), up.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,7 +102,7 @@ def test_rotation(kernels: Gradients, dim: int, dtype: torch.dtype) -> None:
         a, b = heads(x).chunk(2, -1)
         return heads(x) * cos.double()[:, None] + torch.cat((-b, a), -1) * sin.double()[:, None]
 
-    compare(lambda x: kernels.rope(heads(x), cos, sin), exact, x)
+    compare(lambda x: kernels.rope(heads(x), cos, sin, Rotation(dim)), exact, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -247,7 +248,7 @@ def test_training_a_family_equals_stock(family: str, make_model) -> None:
     for name, grad in theirs.items():
         torch.testing.assert_close(mine[name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item() + 1e-7)
     if family in ("llama", "qwen3"):
-        assert done.norms and done.gates and done.ropes
+        assert done.norms and done.gates and done.rope
     unfuse(model)
     again, _ = run()
     assert torch.equal(again, want)

@@ -11,7 +11,7 @@ import torch
 from swiftlite.engine.panels import Panels, PanelWeight, choose_pack
 from swiftlite.kernels.build import build, load_library
 from swiftlite.kernels.stages import Run
-from swiftlite.kernels.steps import Kernels
+from swiftlite.kernels.steps import Activation, Kernels
 from swiftlite.models.packed import OneDnnWeight
 
 library = load_library()
@@ -90,21 +90,23 @@ def test_what_has_no_panels_goes_to_onednn() -> None:
 
 @pytest.mark.parametrize("rows", [0, 3, 4, 17, 33, 300])
 @pytest.mark.parametrize(("width", "k"), [(32, 64), (96, 320), (1024, 1024)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_gate_in_the_product_is_the_gate_after_it(panels: Panels, rows: int, width: int, k: int, bias: bool) -> None:
+@pytest.mark.parametrize(("bias", "activation"), [(False, Activation.SILU), (True, Activation.SILU), (True, Activation.GELU_TANH)])
+def test_a_gate_in_the_product_is_the_gate_after_it(
+    panels: Panels, rows: int, width: int, k: int, bias: bool, activation: Activation
+) -> None:
     """To the bit."""
     torch.manual_seed(rows + width)
     weight = PanelWeight(panels, torch.randn(2 * width, k).bfloat16())
     x, add = torch.randn(1, rows, k).bfloat16() * 3 / k**0.5, torch.randn(2 * width).bfloat16() if bias else None
-    ours, stage = torch.empty(1, rows, width).bfloat16(), weight.gated(add)
+    ours, stage = torch.empty(1, rows, width).bfloat16(), weight.gated(add, activation)
     assert stage is not None
     stage[1].x, stage[1].out, stage[1].rows, stage[1].stride = x.data_ptr(), ours.data_ptr(), rows, k
     Run(panels.library, [stage])()
     gate, up = weight.multiply(x, add).split(width, -1)
     steps = load_library("steps")
     assert steps is not None
-    assert torch.equal(ours, Kernels(steps).silu_mul(gate, up))
+    assert torch.equal(ours, Kernels(steps).gate(gate, up, activation))
 
 
 def test_a_half_that_ends_within_a_panel_is_not_done_in_the_product(panels: Panels) -> None:
-    assert PanelWeight(panels, torch.randn(48, 64).bfloat16()).gated(None) is None
+    assert PanelWeight(panels, torch.randn(48, 64).bfloat16()).gated(None, Activation.SILU) is None

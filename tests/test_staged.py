@@ -19,6 +19,7 @@ from swiftlite.engine.staged import Linears, Stack
 from swiftlite.kernels.build import load_library
 
 library = load_library()
+STAGED = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "glm4", "granite", "smollm3", "exaone4"]
 pytestmark = pytest.mark.skipif(library is None or not Panels(library).size(1, 2), reason="needs a compiler and a CPU with AVX512-BF16")
 
 
@@ -66,7 +67,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[], list[torch.Tens
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", STAGED)
 def test_one_call_is_the_same_to_the_bit(
     family: str, quantization: str | None, threads: int, make_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +88,17 @@ def test_one_call_is_the_same_to_the_bit(
 
 def _linears(runner: Runner) -> list:
     layer = runner.model.model.layers[0]
-    return [layer.self_attn.q_proj.fused.product, layer.mlp.down_proj]
+    return [layer.self_attn.o_proj, layer.mlp.down_proj]
+
+
+def test_layers_of_two_kinds_of_rotation(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3 has tables for each kind of layer: only neighbours of one kind are one call."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    runner = make(make_model("gemma3", num_hidden_layers=4, layer_types=kinds))
+    together, apart, calls = both_ways(monkeypatch, lambda: steps_of(runner, [33, 5, 1]))
+    assert runner.fused_layers == 4 and calls == 3 * 3
+    for left, right in zip(together, apart, strict=True):
+        assert torch.equal(left, right)
 
 
 def test_int8_in_float32_goes_step_by_step(make_model) -> None:
@@ -149,6 +160,22 @@ def test_adapters_of_many_rows(quantization: str | None, make_model, make_adapte
     assert set(joined) == ({True, False} if library.swift_adapted_ready() else {False})  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("family", ["phi3", "gemma3"])
+def test_adapters_of_other_layers(family: str, make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One linear for q, k and v and one for gate and up, whose gate has its adapter's part; gates that are not SiLU."""
+    path: Path = make_model(family, hidden_size=64, head_dim=None if family == "phi3" else 16, intermediate_size=96)
+    runner = make(path)
+    runner.lora.add("a", make_adapter(path, 0, rank=5))
+    version = runner.lora.acquire("a")
+    for lengths in ([70, 33, 41], [3, 1, 2]):
+        versions = [version, None, version]
+        together, apart, calls = both_ways(monkeypatch, lambda lengths=lengths, versions=versions: steps_of(runner, lengths, versions))
+        assert calls == 3
+        for left, right in zip(together, apart, strict=True):
+            assert torch.equal(left, right)
+        assert not torch.allclose(together[0][0], steps_of(runner, lengths)[0][0], atol=1e-3)
+
+
 def test_what_is_no_stage_goes_step_by_step(make_model, make_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """DoRA changes the base's product itself; the batch beside it is unharmed."""
     path: Path = make_model("qwen3")
@@ -167,9 +194,9 @@ def test_layers_between_that_are_no_stages(make_model, monkeypatch: pytest.Monke
     path = make_model("qwen3")
     wanted, of, seen = steps_of(make(path), [9, 4, 1]), Linears.of, []
 
-    def some(attention, mlp) -> Linears | None:
+    def some(*linears) -> Linears | None:
         seen.append(None)
-        return None if len(seen) == 2 else of(attention, mlp)
+        return None if len(seen) == 2 else of(*linears)
 
     monkeypatch.setattr(Linears, "of", some)
     runner = make(path)

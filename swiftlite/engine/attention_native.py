@@ -18,6 +18,7 @@ from torch import Tensor
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.kv import AttentionLayer, KVCache
 from swiftlite.kernels.stages import Run
+from swiftlite.kernels.steps import Norm, Rotation, RotationArgs
 
 
 class Args(ctypes.Structure):
@@ -34,18 +35,17 @@ class Args(ctypes.Structure):
                 *("block_size", "window", "is_bf16", "norm_kind"),
             )
         ),
+        ("rotation", RotationArgs),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "eps")),
     )
 
 
 @dataclass(frozen=True)
-class HeadNorms:
-    """RMSNorms of q and k heads that the kernel does on the way (NormKind in steps.h)."""
+class HeadSteps:
+    """What the kernel does with q and k heads on the way: two norms of one kind and epsilon, or none, and the rotation."""
 
-    q: Tensor  # [Dk]
-    k: Tensor  # [Dk]
-    eps: float
-    kind: int
+    norms: tuple[Norm, Norm] | None  # of q and k, weights [Dk]
+    rotation: Rotation  # 0 dimensions: none
 
 
 class NativeBatch:
@@ -99,18 +99,16 @@ class NativeBatch:
         self.run()
         return out
 
-    def attend_raw(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None
-    ) -> Tensor:
+    def attend_raw(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, heads: HeadSteps) -> Tensor:
         """The same from the projections as they are: q [1, T, H*Dk], k [1, T, G*Dk], v [1, T, G*Dv], rows may be strided.
 
-        Norms of the heads and the rotation by cos and sin [1, T, Dk] are done by the kernel. Returns [1, T, H*Dv].
+        Norms of the heads and the rotation by cos and sin [1, T, its dimensions] are done by the kernel. Returns [1, T, H*Dv].
         """
         assert q.dtype == k.dtype == v.dtype == cos.dtype == self.cache.dtype
         shape = (1, q.shape[1], layer.heads * layer.value_dim)
         out = q.new_empty(shape) if self.covered else q.new_zeros(shape)
         rotated = torch.empty(q.shape, dtype=q.dtype)
-        describe(self.args, layer, norms)
+        describe(self.args, layer, heads)
         self.give(self.args, layer, (cos, sin))
         args = self.args
         args.out, args.q, args.k, args.v, args.rotated = (x.data_ptr() for x in (out, q, k, v, rotated))
@@ -119,7 +117,8 @@ class NativeBatch:
         return out
 
     def give(self, args: Args, layer: AttentionLayer, rotation: tuple[Tensor, Tensor] | None) -> None:
-        """What of `args` is the batch's: where its rows are stored and what they see, and their rotation, contiguous [1, T, Dk] each."""
+        """What of `args` is the batch's: where its rows are stored and what they see, and their rotation's cosines and
+        sines, contiguous."""
         own, index = self.args, layer.index
         if args is not own:
             args.slots, args.tables, args.sequences = own.slots, own.tables, own.sequences
@@ -128,13 +127,15 @@ class NativeBatch:
         args.cos, args.sin = (None, None) if rotation is None else (rotation[0].data_ptr(), rotation[1].data_ptr())
 
 
-def describe(args: Args, layer: AttentionLayer, norms: HeadNorms | None) -> None:
+def describe(args: Args, layer: AttentionLayer, heads: HeadSteps | None) -> None:
     """What of `args` is the layer's, for q, k and v whose heads lie behind each other."""
     args.heads, args.kv_heads, args.key_dim, args.value_dim = layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim
     args.window, args.scale, args.softcap = layer.window or 0, layer.scale, layer.softcap or 0.0
     args.q_head = args.k_head = layer.head_dim
     args.v_head = layer.value_dim
-    if norms is None:
-        args.q_norm = args.k_norm = None
-    else:
-        args.q_norm, args.k_norm, args.eps, args.norm_kind = norms.q.data_ptr(), norms.k.data_ptr(), norms.eps, norms.kind
+    args.q_norm = args.k_norm = None
+    if heads is not None:
+        args.rotation = RotationArgs(*heads.rotation)
+        if heads.norms is not None:
+            q, k = heads.norms
+            args.q_norm, args.k_norm, args.eps, args.norm_kind = q.weight.data_ptr(), k.weight.data_ptr(), q.eps, q.kind

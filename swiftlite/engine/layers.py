@@ -1,4 +1,4 @@
-"""Whole pre-norm decoder layers in few calls, or in one: norm, projections, head norms + rotation + attention, add + norm, gate, add.
+"""Whole decoder layers in few calls, or in one: norm, projections, head norms + rotation + attention, add + norm, gate, add + norm.
 
 At small batches a step is the reading of the weights plus the overhead of hundreds of small calls. A layer qualifies by its parts (all of
 them already replaced by checked kernels), and all layers together are then held against the stock forward on a few tokens spread over
@@ -8,56 +8,75 @@ together with their neighbours as one call (staged.py); else their linears stay 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swiftlite.engine.attention_cpu import SequenceSlice
-from swiftlite.engine.attention_native import HeadNorms
+from swiftlite.engine.attention_native import HeadSteps
 from swiftlite.engine.bridge import Bridge, ForwardBatch, Pages
-from swiftlite.engine.kv import AttentionLayer, KVCache
-from swiftlite.engine.staged import Linears, Parts, Room, Stack
-from swiftlite.kernels.steps import Kernels, Norm
-from swiftlite.models.fused import Fused
+from swiftlite.engine.kv import KVCache
+from swiftlite.engine.staged import Linears, Parts, Room, Stack, Steps
+from swiftlite.kernels.steps import NO_ROTATION, Norm
+from swiftlite.models.fused import Fused, Rope
 
-CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+# The norms that a layer has -> which of them come before attention, after it, before the MLP and after it
+NORMS: dict[frozenset[str], tuple[str | None, str | None, str | None, str | None]] = {
+    frozenset(name for name in roles if name is not None): roles
+    for roles in (
+        ("input_layernorm", None, "post_attention_layernorm", None),  # most families
+        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma 2, 3
+        ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),  # GLM-4
+        (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # EXAONE 4
+    )
+}
+QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))  # attention's first linears
+HEAD_NORMS = {"q_norm", "k_norm"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Layer:
     """A decoder layer that qualifies, with what its steps need."""
 
     module: nn.Module
-    attention: AttentionLayer
-    before: Norm
-    between: Norm  # attention and MLP
-    heads: HeadNorms | None
-    projections: list[nn.Module]  # q, k, v, o
-    mlp: list[nn.Module]  # gate, up, down
+    steps: Steps
+    qkv: list[nn.Module]  # q, k, v, or one for all
+    o: nn.Module
+    gate_up: list[nn.Module]  # gate, up, or one for both
+    down: nn.Module
+    tables: int  # which layers get the same cosines and sines
 
     @property
     def parts(self) -> Parts | None:
         """What its stages need, where it can be stages."""
-        linears = Linears.of(self.projections, self.mlp)
-        return None if linears is None else Parts(self.attention, self.before, self.between, self.heads, linears)
+        linears = Linears.of(self.qkv, self.o, self.gate_up, self.down)
+        return None if linears is None else Parts(self.steps, linears)
+
+
+@dataclass
+class _Rotations:
+    """What a forward did with its rotary embeddings."""
+
+    tables: dict[nn.Module, Tensor] = field(default_factory=dict)  # cosines that a decoder layer got
+    rotated: set[nn.Module] = field(default_factory=set)  # decoder layers that rotated
 
 
 def fuse_layers(bridge: Bridge, fused: Fused) -> int:
     """Give every layer that qualifies the fused forward; returns how many have it (0 when the check fails)."""
-    if not fused.ropes:
+    if fused.rope is None:
         return 0
-    named = [module for module in bridge.model.modules() if {name for name, _ in module.named_children()} == CHILDREN]
-    layers = [layer for layer in (_qualify(module, bridge, fused) for module in named) if layer is not None]
+    with _watched(bridge, fused.rope) as seen:
+        before = _trial(bridge)
+    layers = [layer for layer in (_qualify(module, bridge, fused, seen) for module in seen.tables) if layer is not None]
     if not layers:
         return 0
-    before = _trial(bridge)
     owned = [vars(layer.module).get("forward") for layer in layers]
     for layer, stack in zip(layers, _stacks(layers, bridge), strict=True):
-        layer.module.forward = _forward(layer, stack, fused.kernels)  # type: ignore[method-assign]
+        layer.module.forward = _forward(layer, stack, fused)  # type: ignore[method-assign]
     try:
         after = _trial(bridge)
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
@@ -73,6 +92,29 @@ def fuse_layers(bridge: Bridge, fused: Fused) -> int:
     return 0
 
 
+@contextmanager
+def _watched(bridge: Bridge, rope: Rope) -> Iterator[_Rotations]:
+    """What forwards within do with their rotary embeddings: some models have tables for each kind of layer, or layers without."""
+    seen = _Rotations()
+    current: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tables = kwargs.get("position_embeddings")
+        if isinstance(tables, tuple) and len(tables) == 2:
+            seen.tables[module] = tables[0]
+        current[:] = [module]
+
+    layers = [module for module in bridge.model.modules() if any(child in bridge.layer_of for child in module.children())]
+    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in layers]
+    rope.watch = lambda: seen.rotated.update(current)
+    try:
+        yield seen
+    finally:
+        rope.watch = None
+        for hook in hooks:
+            hook.remove()
+
+
 def _trial(bridge: Bridge) -> Tensor:
     """Logits of 7 tokens, the last at the context's last position (some models scale queries by position), in their own small cache."""
     cache = KVCache(bridge.layers, 1, 8, bridge.model.dtype, bridge.device)
@@ -82,26 +124,38 @@ def _trial(bridge: Bridge) -> Tensor:
     return bridge.forward(ForwardBatch(ids, positions, slots, [SequenceSlice(0, 7, 0, [0])], slots), cache).float()
 
 
-def _qualify(module: nn.Module, bridge: Bridge, fused: Fused) -> _Layer | None:
+def _qualify(module: nn.Module, bridge: Bridge, fused: Fused, seen: _Rotations) -> _Layer | None:
     """A decoder layer whose parts are what the fused steps need."""
-    attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
-    first, second = (
-        fused.norms.get(module.get_submodule("input_layernorm")),
-        fused.norms.get(module.get_submodule("post_attention_layernorm")),
-    )
-    layer, extra = bridge.layer_of.get(attention), {name for name, _ in attention.named_children()} - PROJECTIONS
-    if first is None or second is None or layer is None or mlp not in fused.gates or extra not in (set(), {"q_norm", "k_norm"}):
+    children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
+    attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
+    roles = NORMS.get(frozenset(children))
+    if attention is None or mlp is None or roles is None or attention not in bridge.layer_of or mlp not in fused.gates:
         return None
-    if not all(isinstance(attention.get_submodule(name), nn.Linear) for name in PROJECTIONS):
+    norms = [None if name is None else fused.norms.get(children[name]) for name in roles]
+    if any(name is not None and norm is None for name, norm in zip(roles, norms, strict=True)):
         return None
-    heads: HeadNorms | None = None
-    if extra:
-        q, k = fused.norms.get(attention.get_submodule("q_norm")), fused.norms.get(attention.get_submodule("k_norm"))
+    layer, gate, inner = bridge.layer_of[attention], fused.gates[mlp], dict(attention.named_children())
+    names = next((names for names in QKV if all(name in inner for name in names)), None)
+    if names is None or set(inner) - {*names, "o_proj"} not in (set(), HEAD_NORMS):
+        return None
+    linears = [one for one in (inner[name] for name in (*names, "o_proj")) if isinstance(one, nn.Linear)]
+    width = layer.heads * layer.head_dim + layer.kv_heads * (layer.head_dim + layer.value_dim)
+    if len(linears) <= len(names) or sum(linear.out_features for linear in linears[:-1]) != width:
+        return None
+    heads: tuple[Norm, Norm] | None = None
+    if inner.keys() >= HEAD_NORMS:
+        q, k = fused.norms.get(inner["q_norm"]), fused.norms.get(inner["k_norm"])
         if q is None or k is None or (q.eps, q.kind) != (k.eps, k.kind) or not len(q.weight) == len(k.weight) == layer.head_dim:
             return None
-        heads = HeadNorms(q.weight, k.weight, q.eps, q.kind)
-    projections = [attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    return _Layer(module, layer, first, second, heads, projections, [mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down")])
+        heads = q, k
+    rotation = fused.rotation if module in seen.rotated else NO_ROTATION
+    factor = vars(module).get("residual_multiplier", 1.0)  # Granite's
+    before, of_attention, between, of_mlp = norms
+    return _Layer(
+        module, Steps(layer, HeadSteps(heads, rotation), before, of_attention, between, of_mlp, factor, gate.activation),
+        list(linears[:-1]), linears[-1], [mlp.get_submodule(name) for name in gate.first], mlp.get_submodule("down_proj"),
+        id(seen.tables[module]),
+    )  # fmt: skip
 
 
 def _stacks(layers: list[_Layer], bridge: Bridge) -> list[Stack | None]:
@@ -114,7 +168,8 @@ def _stacks(layers: list[_Layer], bridge: Bridge) -> list[Stack | None]:
         parts = layer.parts
         if parts is None:
             continue
-        if runs and runs[-1][-1][0] == place - 1 and runs[-1][-1][1].attention.index == parts.attention.index - 1:
+        last = runs[-1][-1][0] if runs else None
+        if last is not None and last == place - 1 and _follows(layers[last], layer):
             runs[-1].append((place, parts))
         else:
             runs.append([(place, parts)])
@@ -126,15 +181,21 @@ def _stacks(layers: list[_Layer], bridge: Bridge) -> list[Stack | None]:
     return found
 
 
-def _forward(layer: _Layer, stack: Stack | None, kernels: Kernels) -> Callable[..., Any]:
+def _follows(first: _Layer, second: _Layer) -> bool:
+    """Whether one is called right after the other, with the same tables."""
+    return first.steps.attention.index == second.steps.attention.index - 1 and first.tables == second.tables
+
+
+def _forward(layer: _Layer, stack: Stack | None, fused: Fused) -> Callable[..., Any]:
     """In place of a layer's own: the first of a stack does all of them, and the others hand on what they get."""
-    stock, attention, before, between = layer.module.forward, layer.attention, layer.before, layer.between
-    (q_proj, k_proj, v_proj, o_proj), (gate_proj, up_proj, down_proj) = layer.projections, layer.mlp
-    first = stack is not None and stack.layers[0].parts.attention is attention
+    stock, steps, kernels, dims = layer.module.forward, layer.steps, fused.kernels, fused.rotation.dims
+    attention, before = steps.attention, steps.before
+    key, value = attention.kv_heads * attention.head_dim, attention.kv_heads * attention.value_dim
+    first = stack is not None and stack.layers[0].parts.steps.attention is attention
 
     def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, swift_pages: Any = None, **kwargs: Any) -> Any:
         native = swift_pages.native if type(swift_pages) is Pages else None
-        if native is None or args or hidden_states.shape[0] != 1 or not _whole(position_embeddings, attention):
+        if native is None or args or hidden_states.shape[0] != 1 or not _fit(position_embeddings, dims):
             return stock(hidden_states, *args, position_embeddings=position_embeddings, swift_pages=swift_pages, **kwargs)
         cos, sin = position_embeddings
         if first:
@@ -145,16 +206,30 @@ def _forward(layer: _Layer, stack: Stack | None, kernels: Kernels) -> Callable[.
                 return done
         elif stack is not None and native.done is stack:
             return hidden_states
-        x = kernels.rms_norm(hidden_states, before.weight, before.eps, before.kind)
-        # `forward`, not the module's call: there are no hooks on these, and an adapter's tap sits on `forward`
-        q, k, v = q_proj.forward(x), k_proj.forward(x), v_proj.forward(x)
-        mixed = native.attend_raw(attention, q, k, v, cos, sin, layer.heads)
-        hidden_states, x = kernels.add_norm(hidden_states, o_proj.forward(mixed), between)
-        return hidden_states + down_proj.forward(kernels.silu_mul(gate_proj.forward(x), up_proj.forward(x)))
+        x = hidden_states if before is None else kernels.rms_norm(hidden_states, before.weight, before.eps, before.kind)
+        q, k, v = _columns(layer.qkv, x, (attention.heads * attention.head_dim, key, value))
+        mixed = native.attend_raw(attention, q, k, v, cos, sin, steps.heads)
+        hidden_states, x = kernels.add_norm(hidden_states, _apply(layer.o, mixed), steps.of_attention, steps.between, steps.factor)
+        gate, up = _columns(layer.gate_up, x)
+        mixed = _apply(layer.down, kernels.gate(gate, up, steps.activation))
+        return kernels.add_norm(hidden_states, mixed, steps.of_mlp, None, steps.factor)[0]
 
     return forward
 
 
-def _whole(tables: Any, layer: AttentionLayer) -> bool:
-    """Whether cos and sin rotate whole heads."""
-    return tables is not None and tables[0].shape[0] == 1 and tables[0].shape[-1] == layer.head_dim and tables[0].is_contiguous()
+def _apply(linear: nn.Module, x: Tensor) -> Tensor:
+    """`forward`, not the module's call: there are no hooks on these, and an adapter's tap sits on `forward`."""
+    return linear.forward(x)
+
+
+def _columns(linears: list[nn.Module], x: Tensor, widths: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
+    """The results of linears, or the parts of one's, of these widths (None: two equal ones)."""
+    if len(linears) > 1:
+        return tuple(_apply(linear, x) for linear in linears)
+    y = _apply(linears[0], x)
+    return y.chunk(2, dim=-1) if widths is None else y.split(widths, dim=-1)
+
+
+def _fit(tables: Any, dims: int) -> bool:
+    """Whether cos and sin are those of the rotation."""
+    return tables is not None and tables[0].shape[0] == 1 and tables[0].shape[-1] == dims and tables[0].is_contiguous()

@@ -26,6 +26,7 @@ class Product(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "x", "w", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "stride", "n", "k")),
+        ("activation", ctypes.c_int32),
     )
 
 
@@ -65,9 +66,13 @@ class PanelWeight:
         product = Product(w=self.data.data_ptr(), n=self.n, k=self.k, bias=None if bias is None else bias.data_ptr())
         return self.panels.library.swift_linear, product
 
-    def gated(self, bias: Tensor | None) -> tuple[Any, Product] | None:
-        """The same for silu(gate) * up [T, out / 2] of a weight that is the gate's and, behind it, up's; None: there is none for it."""
-        return None if self.n % (2 * PANEL) else (self.panels.library.swift_gated, self.stage(bias)[1])
+    def gated(self, bias: Tensor | None, activation: int) -> tuple[Any, Product] | None:
+        """The same for act(gate) * up [T, out / 2] of a weight that is the gate's and, behind it, up's; None: there is none for it."""
+        if self.n % (2 * PANEL):
+            return None
+        product = self.stage(bias)[1]
+        product.activation = activation
+        return self.panels.library.swift_gated, product
 
     def prepare(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Fill in `product` for x [..., T, in]. Returns x, with rows evenly spaced, and the result's memory [..., T, out]."""

@@ -1,4 +1,4 @@
-"""Pre-norm decoder layers as one call: their steps are stages (kernels/stages.py) of one team of threads, with no Python between them.
+"""Decoder layers as one call: their steps are stages (kernels/stages.py) of one team of threads, with no Python between them.
 
 Calling the steps one by one takes some 50 microseconds each before any work is done, in 28 layers a tenth to a quarter of a decode step.
 What can be a stage: linears in the kernels' own layouts, attention over pages, and adapters that only add products. Layers of other
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from swiftlite.engine.attention_native import Args as AttentionArgs
-from swiftlite.engine.attention_native import HeadNorms, NativeBatch, describe
+from swiftlite.engine.attention_native import HeadSteps, NativeBatch, describe
 from swiftlite.engine.int8 import PanelInt8
 from swiftlite.engine.kv import AttentionLayer
 from swiftlite.engine.lora_native import Args, NativeJob
 from swiftlite.engine.lora_taps import Group, Tap
 from swiftlite.engine.panels import PanelWeight
 from swiftlite.kernels.stages import Gating, Norming, Run, Stage
-from swiftlite.kernels.steps import Norm
+from swiftlite.kernels.steps import Activation, Norm, RowNorm
 from swiftlite.models.packed import FusedPart, PackedLinear
 
 PAD = 32  # elements between rows of inputs: rows a power of two apart would share few lines of the first-level cache
@@ -60,19 +60,21 @@ class Linears:
         return iter((self.qkv, self.o, self.gate_up, self.down))
 
     @classmethod
-    def of(cls, attention: Sequence[Any], mlp: Sequence[Any]) -> Linears | None:
-        """Of the modules (q, k, v, o) and (gate, up, down); None where they are not such products."""
-        qkv, gate_up, singles = _joined(attention[:3]), _joined(mlp[:2]), (attention[3], mlp[2])
-        if qkv is None or gate_up is None or not all(isinstance(one, PackedLinear) for one in singles):
+    def of(cls, qkv: Sequence[Any], o: Any, gate_up: Sequence[Any], down: Any) -> Linears | None:
+        """Of these modules, the sequences of one or more; None where they are not such products."""
+        products = [_joined(modules) for modules in (qkv, [o], gate_up, [down])]
+        if any(one is None for one in products):
             return None
-        found = cls(qkv, singles[0], gate_up, singles[1])
+        found = cls(*(one for one in products if one is not None))
         if not all(isinstance(one.packed, PanelWeight) or (isinstance(one.packed, PanelInt8) and one.packed.many) for one in found):
             return None
         return found
 
 
 def _joined(parts: Sequence[Any]) -> PackedLinear | None:
-    """The product that has just these parts, in order."""
+    """The product that has just these parts, in order, or that is the only one."""
+    if len(parts) == 1:
+        return parts[0] if isinstance(parts[0], PackedLinear) else None
     if not all(isinstance(part, FusedPart) for part in parts):
         return None
     fused = parts[0].fused
@@ -81,37 +83,49 @@ def _joined(parts: Sequence[Any]) -> PackedLinear | None:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What a layer does beside its products; a norm that is None is not there."""
+
+    attention: AttentionLayer
+    heads: HeadSteps
+    before: Norm | None
+    of_attention: Norm | None  # of its result, before that is added
+    between: Norm | None  # attention and MLP
+    of_mlp: Norm | None
+    factor: float  # of what is added
+    activation: Activation
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a layer is made of."""
 
-    attention: AttentionLayer
-    before: Norm
-    between: Norm  # attention and MLP
-    heads: HeadNorms | None
+    steps: Steps
     linears: Linears
 
 
 class _Layer:
     """A layer's structures."""
 
-    def __init__(self, library: ctypes.CDLL, parts: Parts, then: Norm | None, room: Room) -> None:
-        """`then` is the norm of the next layer, if there is one."""
-        self.library, self.parts = library, parts
-        layer, linears = parts.attention, parts.linears
+    def __init__(self, library: ctypes.CDLL, parts: Parts, following: Steps | None, room: Room) -> None:
+        """`following`: of the next layer, if there is one."""
+        self.library, self.parts, self.last = library, parts, following is None
+        steps, linears = parts.steps, parts.linears
+        layer = steps.attention
         self.width, self.act = linears.down.out_features, linears.down.in_features
         self.mixed = layer.heads * layer.value_dim
         room.want(
             x=self.width + PAD, qkv=linears.qkv.out_features, rotated=layer.heads * layer.head_dim, mixed=self.mixed, y=self.width,
             both=2 * self.act, act=self.act, sum=self.width, hidden=self.width,
         )  # fmt: skip
-        self.between = _norming(self.width, parts.between)
-        self.after = _norming(self.width, then)
+        self.between = _norming(self.width, steps.of_attention, steps.between, steps.factor)
+        self.after = _norming(self.width, steps.of_mlp, None if following is None else following.before, steps.factor)
         self.attention = AttentionArgs()
-        describe(self.attention, layer, parts.heads)
-        self.gating = Gating(dim=self.act)
+        describe(self.attention, layer, steps.heads)
+        self.gating = Gating(dim=self.act, activation=steps.activation)
         self.bases: list[Stage] = [linear.packed.stage(linear.bias) for linear in linears]
         packed = linears.gate_up.packed
-        self.gated: Stage | None = packed.gated(linears.gate_up.bias) if isinstance(packed, PanelWeight) else None
+        self.gated: Stage | None = packed.gated(linears.gate_up.bias, steps.activation) if isinstance(packed, PanelWeight) else None
         self.products: list[_Product] = []
         self.gate_out = "both"
 
@@ -135,7 +149,7 @@ class _Layer:
 
     def fill(self, rows: int, at: dict[str, int]) -> None:
         """Where each stage reads and writes `rows` rows."""
-        stride, layer, args = self.width + PAD, self.parts.attention, self.attention
+        stride, layer, args = self.width + PAD, self.parts.steps.attention, self.attention
         for one, x, out, x_stride in zip(
             self.products, ("x", "mixed", "x", "act"), ("qkv", "y", self.gate_out, "y"), (stride, self.mixed, stride, self.act), strict=True
         ):
@@ -151,6 +165,8 @@ class _Layer:
         self.gating.both, self.gating.out, self.gating.rows = at["both"], at["act"], rows
         for norm in (self.between, self.after):
             norm.rows, norm.out, norm.out_stride, norm.b = rows, at["x"], stride, at["y"]
+        if self.last:
+            self.after.out = None
         self.between.a, self.between.total = at["hidden"], at["sum"]
         self.after.a, self.after.total = at["sum"], at["hidden"]
 
@@ -181,11 +197,8 @@ def _group(linear: PackedLinear) -> Group:
     return vars(linear)["forward"].linear.group
 
 
-def _norming(width: int, norm: Norm | None = None) -> Norming:
-    done = Norming(dim=width)
-    if norm is not None:
-        done.w, done.eps, done.kind = norm.weight.data_ptr(), norm.eps, norm.kind
-    return done
+def _norming(width: int, of: Norm | None, then: Norm | None, factor: float) -> Norming:
+    return Norming(dim=width, of=RowNorm.of(of), then=RowNorm.of(then), factor=factor)
 
 
 class Stack:
@@ -193,9 +206,9 @@ class Stack:
 
     def __init__(self, library: ctypes.CDLL, layers: Sequence[Parts], room: Room) -> None:
         self.library, self.room = library, room
-        norms = [*(parts.before for parts in layers[1:]), None]
-        self.layers = [_Layer(library, parts, then, room) for parts, then in zip(layers, norms, strict=True)]
-        self.before = _norming(self.layers[0].width, layers[0].before)
+        following = [*(parts.steps for parts in layers[1:]), None]
+        self.layers = [_Layer(library, parts, then, room) for parts, then in zip(layers, following, strict=True)]
+        self.before = _norming(self.layers[0].width, None, layers[0].steps.before, 1.0)
         self._qkv = layers[0].linears.qkv  # one of its linears has a tap when all have
         self._rows: tuple[int, int] = -1, -1  # what the structures are filled in for, and the room's then
         self._job: NativeJob | None = None
@@ -222,7 +235,7 @@ class Stack:
         self.before.a = first.between.a = hidden.data_ptr()
         last.after.total = out.data_ptr()
         for layer in self.layers:
-            native.give(layer.attention, layer.parts.attention, (cos, sin))
+            native.give(layer.attention, layer.parts.steps.attention, (cos, sin))
         if not native.covered:
             self.room.memory["mixed"].zero_()
         self._run()

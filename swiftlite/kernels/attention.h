@@ -16,12 +16,13 @@ struct Args {
     const int32_t* tables;  // block tables, one after another
     const int32_t* sequences;  // [n][4]: query_start, query_len, context_len, offset of its table
     // When cos is given, q and k come before norm and rotation: both are done on the way, q into `rotated` [T, H, Dk].
-    const void *cos, *sin;  // [T, Dk]
+    const void *cos, *sin;  // [T, rotation.dims]
     const void *q_norm, *k_norm;  // [Dk], or nullptr: no norm
     void* rotated;
     int64_t q_token, q_head, k_token, k_head, v_token, v_head;
     int32_t tokens, num_sequences, heads, kv_heads, key_dim, value_dim, block_size, window, is_bf16;  // window 0: none
     int32_t norm_kind;
+    Rotation rotation;
     float scale, softcap, eps;  // softcap 0: none
 };
 

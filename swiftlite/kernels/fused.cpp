@@ -16,36 +16,34 @@ void rms_norm(T* out, const T* x, const T* w, int64_t rows, int64_t inner, int64
     }
 }
 
-// total = a + b, rounded; out = norm of total; rows contiguous
+// total = a + factor * (norm `of` b), out = norm `then` of total; rows contiguous
 template <class T>
-void add_norm(T* out, T* total, const T* a, const T* b, const T* w, int64_t rows, int dim, float eps, int kind, int threads) {
+void add_norm(T* out, T* total, const T* a, const T* b, const RowNorm& of, const RowNorm& then, float factor, int64_t rows, int dim, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > 32768)
-    for (int64_t row = 0; row < rows; row++) {
-        add_row(total + row * dim, a + row * dim, b + row * dim, dim);
-        norm_row(out + row * dim, total + row * dim, w, dim, eps, kind);
-    }
+    for (int64_t row = 0; row < rows; row++)
+        add_norm_row(out ? out + row * dim : out, total + row * dim, a + row * dim, b + row * dim, of, then, factor, dim);
 }
 
-// out[rows][dim] = silu(gate) * up, silu rounded first
+// out[rows][dim] = act(gate) * up, act(gate) rounded first
 template <class T>
-void silu_mul(T* out, const T* gate, const T* up, int64_t rows, int64_t gate_stride, int64_t up_stride, int dim, int threads) {
+void gate(T* out, const T* gate, const T* up, int64_t rows, int64_t gate_stride, int64_t up_stride, int dim, int activation, int threads) {
     const int64_t pieces = (dim + 1023) / 1024;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > 16384)
     for (int64_t i = 0; i < rows * pieces; i++) {
         const int64_t row = i / pieces, from = i % pieces * 1024;
-        gate_row(out + row * dim + from, gate + row * gate_stride + from, up + row * up_stride + from, (int)(dim - from < 1024 ? dim - from : 1024));
+        gate_row(out + row * dim + from, gate + row * gate_stride + from, up + row * up_stride + from, (int)(dim - from < 1024 ? dim - from : 1024), activation);
     }
 }
 
-// out[T][heads][dim] = x * cos + rotate_half(x) * sin, each product rounded; x by strides, cos and sin [T][dim].
+// out[T][heads][dim] = x rotated; x by strides, cos and sin [T][rotation.dims].
 template <class T>
-void rope(T* out, const T* x, const T* cos, const T* sin, int64_t tokens, int heads, int dim, int64_t token_stride, int64_t head_stride,
-          int threads) {
+void rope(T* out, const T* x, const T* cos, const T* sin, int64_t tokens, int heads, int dim, const Rotation& rotation, int64_t token_stride,
+          int64_t head_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * dim > 32768)
     for (int64_t i = 0; i < tokens * heads; i++) {
         const int64_t token = i / heads;
         const T* from = x + token * token_stride + i % heads * head_stride;
-        rope_row(out + i * dim, from, cos + token * dim, sin + token * dim, dim);
+        rope_row(out + i * dim, from, cos + token * rotation.dims, sin + token * rotation.dims, dim, rotation);
     }
 }
 
@@ -91,17 +89,17 @@ void swift_rms_norm(int is_bf16, void* out, const void* x, const void* w, int64_
                     int64_t inner_stride, int dim, float eps, int kind, int threads) {
     TYPED(rms_norm, (T*)out, (const T*)x, (const T*)w, rows, inner, outer_stride, inner_stride, dim, eps, kind, threads)
 }
-void swift_add_norm(int is_bf16, void* out, void* total, const void* a, const void* b, const void* w, int64_t rows, int dim, float eps,
-                    int kind, int threads) {
-    TYPED(add_norm, (T*)out, (T*)total, (const T*)a, (const T*)b, (const T*)w, rows, dim, eps, kind, threads)
+void swift_add_norm(int is_bf16, void* out, void* total, const void* a, const void* b, RowNorm of, RowNorm then, float factor, int64_t rows,
+                    int dim, int threads) {
+    TYPED(add_norm, (T*)out, (T*)total, (const T*)a, (const T*)b, of, then, factor, rows, dim, threads)
 }
-void swift_silu_mul(int is_bf16, void* out, const void* gate, const void* up, int64_t rows, int64_t gate_stride, int64_t up_stride, int dim,
-                    int threads) {
-    TYPED(silu_mul, (T*)out, (const T*)gate, (const T*)up, rows, gate_stride, up_stride, dim, threads)
+void swift_gate(int is_bf16, void* out, const void* gated, const void* up, int64_t rows, int64_t gate_stride, int64_t up_stride, int dim,
+                int activation, int threads) {
+    TYPED(gate, (T*)out, (const T*)gated, (const T*)up, rows, gate_stride, up_stride, dim, activation, threads)
 }
 void swift_rope(int is_bf16, void* out, const void* x, const void* cos, const void* sin, int64_t tokens, int heads, int dim,
-                int64_t token_stride, int64_t head_stride, int threads) {
-    TYPED(rope, (T*)out, (const T*)x, (const T*)cos, (const T*)sin, tokens, heads, dim, token_stride, head_stride, threads)
+                Rotation rotation, int64_t token_stride, int64_t head_stride, int threads) {
+    TYPED(rope, (T*)out, (const T*)x, (const T*)cos, (const T*)sin, tokens, heads, dim, rotation, token_stride, head_stride, threads)
 }
 void swift_best_of_rows(int is_bf16, float* best, int64_t* place, const void* x, int64_t rows, int64_t stride, int64_t dim, int threads) {
     TYPED(best_of_rows, best, place, (const T*)x, rows, stride, dim, threads)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swiftlite.kernels.build import load_library
-from swiftlite.kernels.steps import DTYPES, Kernels, strides
+from swiftlite.kernels.steps import DTYPES, Activation, Kernels, Rotation, strides
 
 
 @functools.cache
@@ -51,10 +51,12 @@ class Gradients(Kernels):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
         return _Norm.apply(self, x, weight, eps, kind)
 
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+    def gate(self, gate: Tensor, up: Tensor, activation: int = Activation.SILU) -> Tensor:
+        assert activation == Activation.SILU
         return _SiluMul.apply(self, gate, up)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
+        assert rotation == (x.shape[-1], False)
         return _Rope.apply(self, x, cos, sin)
 
     def softmax_(self, scores: Tensor, queries: int, offset: int, window: int | None, scale: float) -> Tensor:
@@ -114,7 +116,7 @@ class _SiluMul(torch.autograd.Function):
     def forward(ctx: Any, kernels: Gradients, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.kernels = kernels
-        return Kernels.silu_mul(kernels, gate, up)
+        return Kernels.gate(kernels, gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
@@ -131,7 +133,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, kernels: Gradients, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.kernels = kernels
-        return Kernels.rope(kernels, x, cos, sin)
+        return Kernels.rope(kernels, x, cos, sin, Rotation(x.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:

@@ -77,7 +77,7 @@ inline void multiply(const Product& p, int index, int count) {
     }
 }
 
-// Share `index` of `count` of silu(gate) * up, out [rows][n / 2], for a weight that is the gate's and, behind it, up's; rounded as if each
+// Share `index` of `count` of act(gate) * up, out [rows][n / 2], for a weight that is the gate's and, behind it, up's; rounded as if each
 // were stored. Each panel of the gate goes with its panel of the other half: what both give never goes to memory.
 void multiply_gate(const Product& p, int index, int count) {
 #ifdef SWIFT_AMX
@@ -98,7 +98,7 @@ void multiply_gate(const Product& p, int index, int count) {
                 TILES[rows](both[i], WIDTH, p.x + row * p.stride, p.stride, half[i], columns[i], p.k,
                             (const char*)half[i + 1] + size * 2 * block / blocks, 128 / blocks);
             for (int64_t r = 0; r < rows; r++)
-                gate_row(p.out + (row + r) * width + panel * WIDTH, both[0] + r * WIDTH, both[1] + r * WIDTH, WIDTH);
+                gate_row(p.out + (row + r) * width + panel * WIDTH, both[0] + r * WIDTH, both[1] + r * WIDTH, WIDTH, p.activation);
         }
     }
 }

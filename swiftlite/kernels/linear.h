@@ -9,6 +9,7 @@ struct Product {
     bf16* out;
     const bf16 *x, *w, *bias;
     int64_t rows, stride, n, k;
+    int32_t activation;  // of a gate
 };
 
 #ifdef SWIFT_AMX
@@ -58,17 +59,17 @@ struct GatedBlock {
     Columns gate{nullptr, WIDTH}, other{nullptr, WIDTH};
     bf16* out;
     int64_t width;
-    int row = 0, rows = 0;
+    int row = 0, rows = 0, activation = SILU;
     INLINE_MEMBER void finish_row() {
         if (row == rows) return;
         const auto at = [this](const float* from) { return (v16f)_mm512_load_ps(from + row * WIDTH); };
-        gated(out + row * width, at(sums[0]) + (v16f)gate.low, at(sums[1]) + (v16f)other.low);
-        gated(out + row * width + 16, at(sums[0] + 16) + (v16f)gate.high, at(sums[1] + 16) + (v16f)other.high);
+        gated(out + row * width, at(sums[0]) + (v16f)gate.low, at(sums[1]) + (v16f)other.low, activation);
+        gated(out + row * width + 16, at(sums[0] + 16) + (v16f)gate.high, at(sums[1] + 16) + (v16f)other.high, activation);
         row++;
     }
 };
 
-// silu(gate) * up, out [rows][n / 2], of a weight that is the gate's and, behind it, up's
+// act(gate) * up, out [rows][n / 2], of a weight that is the gate's and, behind it, up's
 template <class Add = AddNothing>
 void gate_by_unit(const Product& p, int index, int count, Add add = {}) {
     const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
@@ -76,6 +77,7 @@ void gate_by_unit(const Product& p, int index, int count, Add add = {}) {
     const Tiles tiles = blocks.tiles();
     Fetch next[2] = {{nullptr, 0, 1}, {nullptr, 0, 1}};
     GatedBlock done[2];
+    done[0].activation = done[1].activation = p.activation;
     int turn = 0;
     const auto group = [&](int64_t first, int64_t last, int64_t steps) {
         for (int half = 0; half < 2; half++)

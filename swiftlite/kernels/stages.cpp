@@ -9,33 +9,30 @@
 
 namespace {
 
-// total = a + b, rounded, and out = its norm; without `b` the norm of a, without `w` the sum alone. Rows of out lie
-// `out_stride` elements apart.
+// add_norm_row for rows of which those of out lie `out_stride` elements apart
 struct Norming {
     bf16 *out, *total;
-    const bf16 *a, *b, *w;
+    const bf16 *a, *b;
+    RowNorm of, then;
     int64_t rows, out_stride;
-    int32_t dim, kind;
-    float eps;
+    int32_t dim;
+    float factor;
 };
 
 void norm_rows(const Norming& n, const Team& team) {
     for (int64_t row = team.first(n.rows); row < team.end(n.rows); row++) {
-        const bf16* from = n.a + row * n.dim;
-        if (n.b) {
-            add_row(n.total + row * n.dim, from, n.b + row * n.dim, n.dim);
-            from = n.total + row * n.dim;
-        }
-        if (n.w) norm_row(n.out + row * n.out_stride, from, n.w, n.dim, n.eps, n.kind);
+        const int64_t at = row * n.dim;
+        add_norm_row(n.out ? n.out + row * n.out_stride : n.out, n.b ? n.total + at : n.total, n.a + at, n.b ? n.b + at : n.b, n.of, n.then,
+                     n.factor, n.dim);
     }
 }
 
-// out [rows][dim] = silu(gate) * up of rows [gate | up]
+// out [rows][dim] = act(gate) * up of rows [gate | up]
 struct Gating {
     bf16* out;
     const bf16* both;
     int64_t rows;
-    int32_t dim;
+    int32_t dim, activation;
 };
 
 void gate_rows(const Gating& g, const Team& team) {
@@ -44,7 +41,7 @@ void gate_rows(const Gating& g, const Team& team) {
     for (int64_t i = team.first(g.rows * pieces); i < team.end(g.rows * pieces); i++) {
         const int64_t row = i / pieces, from = i % pieces * PIECE;
         const bf16* gate = g.both + row * 2 * g.dim + from;
-        gate_row(g.out + row * g.dim + from, gate, gate + g.dim, (int)(g.dim - from < PIECE ? g.dim - from : PIECE));
+        gate_row(g.out + row * g.dim + from, gate, gate + g.dim, (int)(g.dim - from < PIECE ? g.dim - from : PIECE), g.activation);
     }
 }
 

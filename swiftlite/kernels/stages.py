@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from swiftlite.kernels.steps import RowNorm
+
 
 class _Stage(ctypes.Structure):
     """struct Stage of stage.h."""
@@ -41,10 +43,11 @@ class Norming(ctypes.Structure):
     """struct Norming of stages.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("out", "total", "a", "b", "w")),
+        *((name, ctypes.c_void_p) for name in ("out", "total", "a", "b")),
+        *((name, RowNorm) for name in ("of", "then")),
         *((name, ctypes.c_int64) for name in ("rows", "out_stride")),
-        *((name, ctypes.c_int32) for name in ("dim", "kind")),
-        ("eps", ctypes.c_float),
+        ("dim", ctypes.c_int32),
+        ("factor", ctypes.c_float),
     )
 
 
@@ -54,5 +57,5 @@ class Gating(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "both")),
         ("rows", ctypes.c_int64),
-        ("dim", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("dim", "activation")),
     )

@@ -1,10 +1,11 @@
-// One row of a norm and of a rotary embedding, with the rounding of the eager torch code.
+// One row of a norm, of a sum, of a gate and of a rotary embedding, with the rounding of the eager torch code.
 #pragma once
 #include <cmath>
 
 #include "vectors.h"
 
 enum NormKind { ROUND_THEN_WEIGHT = 0, WEIGHT_IN_FLOAT = 1, ONE_PLUS_WEIGHT = 2 };
+enum Activation { SILU = 0, GELU_TANH = 1 };
 
 INLINE v16f rounded(v16f x, const float*) { return x; }
 INLINE v16f rounded(v16f x, const bf16*) {
@@ -48,36 +49,80 @@ INLINE void norm_row(T* to, const T* from, const T* w, int dim, float eps, int k
     }
 }
 
-// to[16] = silu(gate) * up; gate, up and silu rounded first
-template <class T>
-INLINE void gated(T* to, v16f gate, v16f up) {
-    const v16f x = rounded(gate, to);
-    store(to, rounded(x / (1.0f + exp16(-x)), to) * rounded(up, to));
+// silu(x) = x / (1 + e^-x). gelu by tanh: x (1 + tanh u) / 2 = x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
+template <class V>
+INLINE V exponent(V x, int activation) {
+    return activation == GELU_TANH ? x * (-1.5957691216f - 0.0713548163f * x * x) : -x;
 }
 
-// to[dim] = silu(gate) * up, silu rounded first
+// to[16] = act(gate) * up; gate, up and act(gate) rounded first
 template <class T>
-INLINE void gate_row(T* to, const T* gate, const T* up, int dim) {
+INLINE void gated(T* to, v16f gate, v16f up, int activation) {
+    const v16f x = rounded(gate, to);
+    store(to, rounded(x / (1.0f + exp16(exponent(x, activation))), to) * rounded(up, to));
+}
+
+// to[dim] = act(gate) * up, act(gate) rounded first
+template <class T>
+INLINE void gate_row(T* to, const T* gate, const T* up, int dim, int activation) {
     int d = 0;
-    for (; d + 16 <= dim; d += 16) gated(to + d, load(gate + d), load(up + d));
+    for (; d + 16 <= dim; d += 16) gated(to + d, load(gate + d), load(up + d), activation);
     for (; d < dim; d++) {
         float x = to_float(gate[d]);
-        put(to + d, rounded1(x / (1.0f + std::exp(-x)), to) * to_float(up[d]));
+        put(to + d, rounded1(x / (1.0f + std::exp(exponent(x, activation))), to) * to_float(up[d]));
     }
 }
 
-// to[dim] = a + b, rounded
+// to[dim] = a + factor * b, both rounded
 template <class T>
-INLINE void add_row(T* to, const T* a, const T* b, int dim) {
+INLINE void add_row(T* to, const T* a, const T* b, float factor, int dim) {
     int d = 0;
-    for (; d + 16 <= dim; d += 16) store(to + d, load(a + d) + load(b + d));
-    for (; d < dim; d++) put(to + d, to_float(a[d]) + to_float(b[d]));
+    for (; d + 16 <= dim; d += 16) store(to + d, load(a + d) + rounded(load(b + d) * factor, to));
+    for (; d < dim; d++) put(to + d, to_float(a[d]) + rounded1(to_float(b[d]) * factor, to));
 }
 
-// to[dim] = x * cos + rotate_half(x) * sin, each product rounded; `to` may be `from`
+// A norm's weight [dim], or null: no norm.
+struct RowNorm {
+    const void* w;
+    float eps;
+    int32_t kind;
+};
+
+// From a half of a layer to the next: total = a + factor * (norm `of` b) and out = norm `then` of that. Without `b` total is `a` and is not
+// written; `out` may be null. total is not a or b.
 template <class T>
-INLINE void rope_row(T* to, const T* from, const T* cos, const T* sin, int dim) {
-    const int half = dim / 2;
+INLINE void add_norm_row(T* out, T* total, const T* a, const T* b, const RowNorm& of, const RowNorm& then, float factor, int dim) {
+    if (b) {
+        if (of.w) norm_row(total, b, (const T*)of.w, dim, of.eps, of.kind);
+        add_row(total, a, of.w ? total : b, factor, dim);
+        a = total;
+    }
+    if (!out) return;
+    if (then.w)
+        norm_row(out, a, (const T*)then.w, dim, then.eps, then.kind);
+    else
+        memcpy(out, a, dim * sizeof(T));
+}
+
+// Which of a head's dimensions are rotated: the first `dims`, in two halves, or, as `pairs`, each with its neighbour.
+struct Rotation {
+    int32_t dims, pairs;
+};
+
+// to[dims]: neighbours rotated by the angles of the first half of cos and sin [dims], each product rounded; `to` may be `from`
+template <class T>
+INLINE void rope_pairs(T* to, const T* from, const T* cos, const T* sin, int dims) {
+    for (int d = 0; d < dims; d += 2) {
+        const float a = to_float(from[d]), b = to_float(from[d + 1]), c = to_float(cos[d / 2]), s = to_float(sin[d / 2]);
+        put(to + d, rounded1(a * c, to) - rounded1(b * s, to));
+        put(to + d + 1, rounded1(b * c, to) + rounded1(a * s, to));
+    }
+}
+
+// to[dims] = x * cos + rotate_half(x) * sin, each product rounded; `to` may be `from`
+template <class T>
+INLINE void rope_halves(T* to, const T* from, const T* cos, const T* sin, int dims) {
+    const int half = dims / 2;
     int d = 0;
     for (; d + 16 <= half; d += 16) {
         v16f a = load(from + d), b = load(from + half + d);
@@ -89,6 +134,16 @@ INLINE void rope_row(T* to, const T* from, const T* cos, const T* sin, int dim) 
         put(to + d, rounded1(a * to_float(cos[d]), to) - rounded1(b * to_float(sin[d]), to));
         put(to + half + d, rounded1(b * to_float(cos[half + d]), to) + rounded1(a * to_float(sin[half + d]), to));
     }
+}
+
+// to[dim]: from, rotated by cos and sin [rotation.dims]
+template <class T>
+INLINE void rope_row(T* to, const T* from, const T* cos, const T* sin, int dim, const Rotation& rotation) {
+    if (rotation.pairs)
+        rope_pairs(to, from, cos, sin, rotation.dims);
+    else
+        rope_halves(to, from, cos, sin, rotation.dims);
+    if (to != from) memcpy(to + rotation.dims, from + rotation.dims, (dim - rotation.dims) * sizeof(T));
 }
 
 // In a function with `is_bf16`: the template `name` with T as bfloat16 or float32

@@ -1,4 +1,4 @@
-"""The C++ functions of a decoder layer's small steps (fused.cpp) on tensors: RMSNorm, rotary embedding, SiLU gate, greedy choice.
+"""The C++ functions of a decoder layer's small steps (fused.cpp) on tensors: RMSNorm, rotary embedding, gate, greedy choice.
 
 Float32 and bfloat16 on a CPU. Each takes a shape that it is told to; whether a model's own step is that one is for the caller to know.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import ClassVar
+from enum import IntEnum
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,39 @@ class Norm:
     kind: int
 
 
+class RowNorm(ctypes.Structure):
+    """struct RowNorm of steps.h."""
+
+    _fields_ = (("w", ctypes.c_void_p), ("eps", ctypes.c_float), ("kind", ctypes.c_int32))
+
+    @classmethod
+    def of(cls, norm: Norm | None) -> RowNorm:
+        return cls() if norm is None else cls(norm.weight.data_ptr(), norm.eps, norm.kind)
+
+
+class Activation(IntEnum):
+    """Activation in steps.h: of an MLP's gate."""
+
+    SILU = 0
+    GELU_TANH = 1
+
+
+class Rotation(NamedTuple):
+    """Which of a head's dimensions are rotated: the first `dims`, in two halves, or, as `pairs`, each with its neighbour."""
+
+    dims: int
+    pairs: bool = False
+
+
+NO_ROTATION = Rotation(0)
+
+
+class RotationArgs(ctypes.Structure):
+    """struct Rotation of steps.h."""
+
+    _fields_ = (("dims", ctypes.c_int32), ("pairs", ctypes.c_int32))
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The library's functions with their signatures."""
@@ -42,10 +76,10 @@ class Kernels:
         flag, pointer, long, integer, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
         lib = self.library
         lib.swift_rms_norm.argtypes = [flag, *[pointer] * 3, *[long] * 4, integer, real, integer, integer]
-        lib.swift_add_norm.argtypes = [flag, *[pointer] * 5, long, integer, real, integer, integer]
-        lib.swift_silu_mul.argtypes = [flag, *[pointer] * 3, *[long] * 3, integer, integer]
+        lib.swift_add_norm.argtypes = [flag, *[pointer] * 4, RowNorm, RowNorm, real, long, integer, integer]
+        lib.swift_gate.argtypes = [flag, *[pointer] * 3, *[long] * 3, integer, integer, integer]
         lib.swift_best_of_rows.argtypes = [flag, *[pointer] * 3, *[long] * 3, integer]
-        lib.swift_rope.argtypes = [flag, *[pointer] * 4, long, integer, integer, long, long, integer]
+        lib.swift_rope.argtypes = [flag, *[pointer] * 4, long, integer, integer, RotationArgs, long, long, integer]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
         """x [1, T, D] or [1, T, H, D] with contiguous last dimension -> the same shape, contiguous."""
@@ -56,32 +90,33 @@ class Kernels:
         )  # fmt: skip
         return out
 
-    def add_norm(self, a: Tensor, b: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """(a + b, its norm) for contiguous [1, T, D]."""
+    def add_norm(self, a: Tensor, b: Tensor, of: Norm | None, then: Norm | None, factor: float) -> tuple[Tensor, Tensor]:
+        """a + factor * (norm `of` b), and norm `then` of that, for [1, T, D]; where a norm is None, there is none."""
         a, b = a.contiguous(), b.contiguous()
-        total, out = torch.empty_like(a), torch.empty_like(a)
+        total = torch.empty_like(a)
+        out = total if then is None else torch.empty_like(a)
         self.library.swift_add_norm(
-            a.dtype == torch.bfloat16, out.data_ptr(), total.data_ptr(), a.data_ptr(), b.data_ptr(), norm.weight.data_ptr(),
-            a.shape[1], a.shape[2], norm.eps, norm.kind, torch.get_num_threads(),
+            a.dtype == torch.bfloat16, None if then is None else out.data_ptr(), total.data_ptr(), a.data_ptr(), b.data_ptr(),
+            RowNorm.of(of), RowNorm.of(then), factor, a.shape[1], a.shape[2], torch.get_num_threads(),
         )  # fmt: skip
         return total, out
 
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up for [1, T, D]; rows may be strided."""
+    def gate(self, gate: Tensor, up: Tensor, activation: int = Activation.SILU) -> Tensor:
+        """act(gate) * up for [1, T, D]; rows may be strided."""
         out = torch.empty(gate.shape, dtype=gate.dtype)
-        self.library.swift_silu_mul(
+        self.library.swift_gate(
             gate.dtype == torch.bfloat16, out.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.shape[-2], gate.stride(-2), up.stride(-2),
-            gate.shape[-1], torch.get_num_threads(),
+            gate.shape[-1], activation, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [1, H, T, D] rotated by cos and sin [1, T, D] -> the same shape, in memory [1, T, H, D]."""
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
+        """x [1, H, T, D] rotated by cos and sin [1, T, dims of the rotation] -> the same shape, in memory [1, T, H, D]."""
         _, heads, tokens, dim = x.shape
         out = torch.empty(1, tokens, heads, dim, dtype=x.dtype)
         self.library.swift_rope(
             x.dtype == torch.bfloat16, out.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim,
-            x.stride(2), x.stride(1), torch.get_num_threads(),
+            RotationArgs(*rotation), x.stride(2), x.stride(1), torch.get_num_threads(),
         )  # fmt: skip
         return out.transpose(1, 2)
 

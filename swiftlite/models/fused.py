@@ -1,4 +1,4 @@
-"""Small steps of the stock modules as one C++ pass each: RMSNorm, rotary embedding, SiLU gate.
+"""Small steps of the stock modules as one C++ pass each: RMSNorm, rotary embedding, gate.
 
 Nothing is replaced by name alone. A candidate is found by its class, and one of each kind is held against itself on random input, at
 several magnitudes; only what gives the same numbers (to one rounding of the dtype) is taken. Modules stay where they are with
@@ -17,11 +17,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swiftlite.kernels.steps import Kernels, Norm
+from swiftlite.kernels.steps import NO_ROTATION, Activation, Kernels, Norm, Rotation
 
 NORM_KINDS = 3  # NormKind in steps.h
 MODULE_FIELDS = frozenset(vars(nn.Module()))  # what each module has
-GATE_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+GATES = (("gate_proj", "up_proj"), ("gate_up_proj",))  # an MLP's first linears; the second is the gate's and, behind it, up's
+
+
+@dataclass(frozen=True)
+class Gate:
+    """An MLP that is down(act(gate(x)) * up(x)): the names of its linears, `first` as in GATES."""
+
+    first: tuple[str, ...]
+    activation: Activation
+
+    def halves(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """gate(x) and up(x)"""
+        found = [module.get_submodule(name)(x) for name in self.first]
+        gate, up = found if len(found) == 2 else found[0].chunk(2, dim=-1)
+        return gate, up
 
 
 @dataclass
@@ -30,8 +44,9 @@ class Fused:
 
     kernels: Kernels
     norms: dict[nn.Module, Norm] = field(default_factory=dict)
-    gates: set[nn.Module] = field(default_factory=set)
-    ropes: int = 0
+    gates: dict[nn.Module, Gate] = field(default_factory=dict)
+    rope: Rope | None = None
+    rotation: Rotation = NO_ROTATION  # of the rope
 
 
 @torch.inference_mode()
@@ -44,9 +59,11 @@ def fuse(model: PreTrainedModel, kernels: Kernels, dtype: torch.dtype | None = N
             norm = _fuse_norm(module, kernels, kinds)
             if norm is not None:
                 done.norms[module] = norm
-        elif {name for name, _ in module.named_children()} == GATE_PARTS and _fuse_gate(module, kernels, dtype, kinds):
-            done.gates.add(module)
-    done.ropes = _fuse_rope(model, kernels, dtype)
+        elif "down_proj" in dict(module.named_children()):
+            gate = _fuse_gate(module, kernels, dtype, kinds)
+            if gate is not None:
+                done.gates[module] = gate
+    done.rope, done.rotation = _fuse_rope(model, kernels, dtype)
     return done
 
 
@@ -124,85 +141,126 @@ def _norm_kind(module: nn.Module, kernels: Kernels, weight: Tensor, eps: float) 
     return None
 
 
-def _fuse_gate(module: Any, kernels: Kernels, dtype: torch.dtype, kinds: dict[Any, Any]) -> bool:
-    activation = module.get_submodule("act_fn")
-    linears = tuple(type(module.get_submodule(name)) for name in ("gate_proj", "up_proj", "down_proj"))
+def _fuse_gate(module: nn.Module, kernels: Kernels, dtype: torch.dtype, kinds: dict[Any, Any]) -> Gate | None:
+    children = dict(module.named_children())
+    first = next((names for names in GATES if all(name in children for name in names)), None)
+    others = [child for name, child in children.items() if first is not None and name not in (*first, "down_proj")]
+    if first is None or len(others) != 1 or (kernels.differentiable and len(first) == 1):
+        return None
+    activation, linears = others[0], [*(children[name] for name in first), children["down_proj"]]
     own = tuple(id(one) for one in (*module.parameters(recurse=False), *activation.parameters()))
-    key = _kind(module), _kind(activation), linears, own, tuple(one.dtype for one in module.parameters())
+    key = _kind(module), _kind(activation), tuple(map(type, linears)), own, tuple(one.dtype for one in module.parameters())
     if key not in kinds:
-        kinds[key] = _is_gate(module, kernels, dtype)
-    if not kinds[key]:
-        return False
+        kinds[key] = _gate_kind(module, first, activation, kernels, dtype)
+    gate: Gate | None = kinds[key]
+    if gate is None:
+        return None
     stock: Callable[[Tensor], Tensor] = module.forward
 
     def forward(x: Tensor) -> Tensor:
         if x.dtype != dtype or x.ndim != 3 or x.shape[0] != 1:
             return stock(x)
-        return module.down_proj(kernels.silu_mul(module.gate_proj(x), module.up_proj(x)))
+        return module.get_submodule("down_proj")(kernels.gate(*gate.halves(module, x), gate.activation))
 
     _set_forward(module, forward)
-    return True
+    return gate
 
 
-def _is_gate(module: Any, kernels: Kernels, dtype: torch.dtype) -> bool:
-    """Whether a module is down(silu(gate(x)) * up(x)) and nothing else."""
-    gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-    if not (hasattr(gate, "out_features") and hasattr(up, "out_features")):  # linears, or what an adapter made of them
-        return False
-    activation = module.get_submodule("act_fn")
-    first, second = _probes(1, 4, gate.out_features, dtype=dtype)[:2]
-    if not _same(kernels.silu_mul(first, second), activation(first) * second):
-        return False
-    x = torch.cat(_probes(1, 3, gate.in_features, dtype=dtype), dim=1)  # in one product: each reads all of the weights
+def _gate_kind(module: nn.Module, first: tuple[str, ...], activation: nn.Module, kernels: Kernels, dtype: torch.dtype) -> Gate | None:
+    """What a module is if it is down(act(gate(x)) * up(x)) and nothing else."""
+    linears: list[Any] = [module.get_submodule(name) for name in first]
+    if not all(hasattr(linear, "out_features") for linear in linears):  # linears, or what an adapter made of them
+        return None
+    one, other = _probes(1, 4, linears[0].out_features // (3 - len(first)), dtype=dtype)[:2]
+    known = (Activation.SILU,) if kernels.differentiable else tuple(Activation)
+    kind = next((kind for kind in known if _same(kernels.gate(one, other, kind), activation(one) * other)), None)
+    if kind is None:
+        return None
+    found = Gate(first, kind)
+    x = torch.cat(_probes(1, 3, linears[0].in_features, dtype=dtype), dim=1)  # in one product: each reads all of the weights
     try:
-        return torch.equal(module.forward(x), down(activation(gate(x)) * up(x)))
+        gate, up = found.halves(module, x)
+        return found if torch.equal(module.forward(x), module.get_submodule("down_proj")(activation(gate) * up)) else None
     except RuntimeError:  # a float32 copy that is trained, beside a bfloat16 model
-        return False
+        return None
 
 
-class _Rope:
-    """Stands in for a modeling file's `apply_rotary_pos_emb`; acts only on the tables of the model that it was made for."""
+class Rope:
+    """Stands in for a modeling file's `apply_rotary_pos_emb`; acts only on the tables of models that it was made for."""
 
     def __init__(self, stock: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self.stock = stock
-        self.running: tuple[Tensor, Kernels] | None = None  # a forward's cosines, recognised by identity, and its model's kernels
+        # a forward's cosines, recognised by identity, with its model's kernels; for each kind of layer that has its own
+        self.running: dict[tuple[Any, ...], tuple[Tensor, Kernels, Rotation]] = {}
+        self.watch: Callable[[], None] | None = None  # told of each call
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and q.stride(-1) == k.stride(-1) == 1 and q.dtype == k.dtype == cos.dtype
-        running = self.running
-        if running is None or cos is not running[0] or not whole or args or kwargs:
+        if self.watch is not None:
+            self.watch()
+        running = next((one for one in self.running.values() if one[0] is cos), None)
+        if running is None or args or kwargs or not (q.stride(-1) == k.stride(-1) == 1 and q.dtype == k.dtype == cos.dtype):
             return self.stock(q, k, cos, sin, *args, **kwargs)
-        return running[1].rope(q, cos, sin), running[1].rope(k, cos, sin)
+        _, kernels, rotation = running
+        if kernels.differentiable and not q.shape[-1] == k.shape[-1] == rotation.dims:
+            return self.stock(q, k, cos, sin)
+        return kernels.rope(q, cos, sin, rotation), kernels.rope(k, cos, sin, rotation)
 
 
-def _fuse_rope(model: PreTrainedModel, kernels: Kernels, dtype: torch.dtype) -> int:
+def _fuse_rope(model: PreTrainedModel, kernels: Kernels, dtype: torch.dtype) -> tuple[Rope | None, Rotation]:
     file = sys.modules[type(model).__module__]
     stock = vars(file).get("apply_rotary_pos_emb")
     tables = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     if stock is None or len(tables) != 1:
-        return 0
-    wrapper = stock if isinstance(stock, _Rope) else _Rope(stock)
-    positions = torch.tensor([[0, 1, 77, 3, 500]])
-    rotary, produce = tables[0], tables[0].forward
-    try:
-        cos, sin = produce(torch.zeros(1, 5, 1, dtype=dtype), positions)
-        dim = cos.shape[-1]
-        q, k = (_probes(1, 5, heads, dim, dtype=dtype)[0].transpose(1, 2) for heads in (4, 2))
-        wanted = wrapper.stock(q, k, cos, sin)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return 0
-    if cos.shape != (1, 5, dim) or cos.dtype != dtype or dim % 2:
-        return 0
-    if not all(_same(kernels.rope(x, cos, sin), y) for x, y in zip((q, k), wanted, strict=True)):
-        return 0
+        return None, NO_ROTATION
+    wrapper, rotary, produce = stock if isinstance(stock, Rope) else Rope(stock), tables[0], tables[0].forward
+    rotation = _rotation(wrapper.stock, produce, kernels, dtype, [()])
+    if rotation is None:  # some models have tables for each kind of layer
+        kinds = vars(rotary).get("layer_types")
+        rotation = _rotation(wrapper.stock, produce, kernels, dtype, [(kind,) for kind in kinds]) if kinds else None
+    if rotation is None:
+        return None, NO_ROTATION
 
-    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = produce(x, position_ids)
+    def forward(x: Tensor, position_ids: Tensor, *kind: Any) -> tuple[Tensor, Tensor]:
+        cos, sin = produce(x, position_ids, *kind)
         known = kernels.differentiable or torch.is_inference_mode_enabled()
-        usable = known and x.shape[0] == 1 and cos.is_contiguous() and sin.is_contiguous()
-        wrapper.running = (cos, kernels) if usable else None
+        if known and x.shape[0] == 1 and cos.is_contiguous() and sin.is_contiguous():
+            wrapper.running[kind] = cos, kernels, rotation
+        else:
+            wrapper.running.pop(kind, None)
         return cos, sin
 
     _set_forward(rotary, forward)
     file.apply_rotary_pos_emb = wrapper  # type: ignore[attr-defined]
-    return 1
+    return wrapper, rotation
+
+
+def _rotation(
+    stock: Callable[..., tuple[Tensor, Tensor]], produce: Callable[..., Any], kernels: Kernels, dtype: torch.dtype, kinds: list[Any]
+) -> Rotation | None:
+    """What `stock` does with the tables of all `kinds` of layers, where it is one and the same thing and the kernels can do it."""
+    positions = torch.tensor([[0, 1, 77, 3, 500]])
+    found: set[Rotation | None] = set()
+    for kind in kinds:
+        try:
+            cos, sin = produce(torch.zeros(1, 5, 1, dtype=dtype), positions, *kind)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return None
+        if cos.ndim != 3 or cos.shape[:2] != (1, 5) or cos.dtype != dtype or cos.shape[-1] % 2:
+            return None
+        dims = cos.shape[-1]
+        known = (Rotation(dims),) if kernels.differentiable else (Rotation(dims), Rotation(dims, True))
+        found.add(next((one for one in known if _rotates(stock, cos, sin, kernels, one)), None))
+    return found.pop() if len(found) == 1 else None
+
+
+def _rotates(stock: Callable[..., tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, kernels: Kernels, rotation: Rotation) -> bool:
+    """Whether `stock` does this with heads of just so many dimensions, and with larger ones if it takes them."""
+    for dims in (rotation.dims, rotation.dims + 16)[: 1 if kernels.differentiable else 2]:
+        q, k = (_probes(1, 5, heads, dims, dtype=cos.dtype)[0].transpose(1, 2) for heads in (4, 2))
+        try:
+            wanted = stock(q, k, cos, sin)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return dims > rotation.dims
+        if not all(_same(kernels.rope(x, cos, sin, rotation), y) for x, y in zip((q, k), wanted, strict=True)):
+            return False
+    return True
