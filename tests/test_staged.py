@@ -19,7 +19,7 @@ from swiftlite.engine.staged import Linears, Stack
 from swiftlite.kernels.build import load_library
 
 library = load_library()
-STAGED = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "glm4", "granite", "smollm3", "exaone4"]
+STAGED = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "glm4", "olmo2", "granite", "smollm3", "exaone4"]
 pytestmark = pytest.mark.skipif(library is None or not Panels(library).size(1, 2), reason="needs a compiler and a CPU with AVX512-BF16")
 
 

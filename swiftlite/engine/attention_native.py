@@ -104,7 +104,7 @@ class NativeBatch:
 
         Norms of the heads and the rotation by cos and sin [1, T, its dimensions] are done by the kernel. Returns [1, T, H*Dv].
         """
-        assert q.dtype == k.dtype == v.dtype == cos.dtype == self.cache.dtype
+        assert q.dtype == k.dtype == v.dtype == self.cache.dtype
         shape = (1, q.shape[1], layer.heads * layer.value_dim)
         out = q.new_empty(shape) if self.covered else q.new_zeros(shape)
         rotated = torch.empty(q.shape, dtype=q.dtype)

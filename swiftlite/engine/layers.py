@@ -21,7 +21,7 @@ from swiftlite.engine.attention_native import HeadSteps
 from swiftlite.engine.bridge import Bridge, ForwardBatch, Pages
 from swiftlite.engine.kv import KVCache
 from swiftlite.engine.staged import Linears, Parts, Room, Stack, Steps
-from swiftlite.kernels.steps import NO_ROTATION, Norm
+from swiftlite.kernels.steps import NO_ROTATION, Norm, Rotation
 from swiftlite.models.fused import Fused, Rope
 
 # The norms that a layer has -> which of them come before attention, after it, before the MLP and after it
@@ -31,7 +31,7 @@ NORMS: dict[frozenset[str], tuple[str | None, str | None, str | None, str | None
         ("input_layernorm", None, "post_attention_layernorm", None),  # most families
         ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),  # Gemma 2, 3
         ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),  # GLM-4
-        (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # EXAONE 4
+        (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # OLMo 2, EXAONE 4
     )
 }
 QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))  # attention's first linears
@@ -143,16 +143,22 @@ def _qualify(module: nn.Module, bridge: Bridge, fused: Fused, seen: _Rotations) 
     if len(linears) <= len(names) or sum(linear.out_features for linear in linears[:-1]) != width:
         return None
     heads: tuple[Norm, Norm] | None = None
+    whole: tuple[Norm, Norm] | None = None
     if inner.keys() >= HEAD_NORMS:
         q, k = fused.norms.get(inner["q_norm"]), fused.norms.get(inner["k_norm"])
-        if q is None or k is None or (q.eps, q.kind) != (k.eps, k.kind) or not len(q.weight) == len(k.weight) == layer.head_dim:
+        if q is None or k is None or (q.eps, q.kind) != (k.eps, k.kind):
             return None
-        heads = q, k
+        if len(q.weight) == len(k.weight) == layer.head_dim:
+            heads = q, k
+        elif (len(q.weight), len(k.weight)) == (layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim):
+            whole = q, k
+        else:
+            return None
     rotation = fused.rotation if module in seen.rotated else NO_ROTATION
     factor = vars(module).get("residual_multiplier", 1.0)  # Granite's
     before, of_attention, between, of_mlp = norms
     return _Layer(
-        module, Steps(layer, HeadSteps(heads, rotation), before, of_attention, between, of_mlp, factor, gate.activation),
+        module, Steps(layer, HeadSteps(heads, rotation), whole, before, of_attention, between, of_mlp, factor, gate.activation),
         list(linears[:-1]), linears[-1], [mlp.get_submodule(name) for name in gate.first], mlp.get_submodule("down_proj"),
         id(seen.tables[module]),
     )  # fmt: skip
@@ -188,14 +194,14 @@ def _follows(first: _Layer, second: _Layer) -> bool:
 
 def _forward(layer: _Layer, stack: Stack | None, fused: Fused) -> Callable[..., Any]:
     """In place of a layer's own: the first of a stack does all of them, and the others hand on what they get."""
-    stock, steps, kernels, dims = layer.module.forward, layer.steps, fused.kernels, fused.rotation.dims
+    stock, steps, kernels, rotation = layer.module.forward, layer.steps, fused.kernels, fused.rotation
     attention, before = steps.attention, steps.before
     key, value = attention.kv_heads * attention.head_dim, attention.kv_heads * attention.value_dim
     first = stack is not None and stack.layers[0].parts.steps.attention is attention
 
     def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, swift_pages: Any = None, **kwargs: Any) -> Any:
         native = swift_pages.native if type(swift_pages) is Pages else None
-        if native is None or args or hidden_states.shape[0] != 1 or not _fit(position_embeddings, dims):
+        if native is None or args or hidden_states.shape[0] != 1 or not _fit(position_embeddings, rotation, hidden_states.dtype):
             return stock(hidden_states, *args, position_embeddings=position_embeddings, swift_pages=swift_pages, **kwargs)
         cos, sin = position_embeddings
         if first:
@@ -208,6 +214,8 @@ def _forward(layer: _Layer, stack: Stack | None, fused: Fused) -> Callable[..., 
             return hidden_states
         x = hidden_states if before is None else kernels.rms_norm(hidden_states, before.weight, before.eps, before.kind)
         q, k, v = _columns(layer.qkv, x, (attention.heads * attention.head_dim, key, value))
+        if steps.whole is not None:
+            q, k = (kernels.rms_norm(y, norm.weight, norm.eps, norm.kind) for y, norm in zip((q, k), steps.whole, strict=True))
         mixed = native.attend_raw(attention, q, k, v, cos, sin, steps.heads)
         hidden_states, x = kernels.add_norm(hidden_states, _apply(layer.o, mixed), steps.of_attention, steps.between, steps.factor)
         gate, up = _columns(layer.gate_up, x)
@@ -230,6 +238,6 @@ def _columns(linears: list[nn.Module], x: Tensor, widths: tuple[int, ...] | None
     return y.chunk(2, dim=-1) if widths is None else y.split(widths, dim=-1)
 
 
-def _fit(tables: Any, dims: int) -> bool:
+def _fit(tables: Any, rotation: Rotation, dtype: torch.dtype) -> bool:
     """Whether cos and sin are those of the rotation."""
-    return tables is not None and tables[0].shape[0] == 1 and tables[0].shape[-1] == dims and tables[0].is_contiguous()
+    return tables is not None and tables[0].shape[0] == 1 and rotation.has(tables[0], dtype) and tables[0].is_contiguous()

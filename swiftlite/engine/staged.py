@@ -88,6 +88,7 @@ class Steps:
 
     attention: AttentionLayer
     heads: HeadSteps
+    whole: tuple[Norm, Norm] | None  # of all of q's heads together and of all of k's
     before: Norm | None
     of_attention: Norm | None  # of its result, before that is added
     between: Norm | None  # attention and MLP
@@ -122,6 +123,7 @@ class _Layer:
         self.after = _norming(self.width, steps.of_mlp, None if following is None else following.before, steps.factor)
         self.attention = AttentionArgs()
         describe(self.attention, layer, steps.heads)
+        self.whole = [] if steps.whole is None else [_norming(len(norm.weight), None, norm, 1.0) for norm in steps.whole]
         self.gating = Gating(dim=self.act, activation=steps.activation)
         self.bases: list[Stage] = [linear.packed.stage(linear.bias) for linear in linears]
         packed = linears.gate_up.packed
@@ -138,7 +140,8 @@ class _Layer:
             gate_up, gating = _Product.of(self.gated, self.parts.linears.gate_up, job, gate=True), []
         self.products, self.gate_out = [qkv, o, gate_up, down], "both" if gating else "act"
         return [
-            *qkv.stages, attention, *o.stages, (norm, self.between), *gate_up.stages, *gating, *down.stages, (norm, self.after)
+            *qkv.stages, *((norm, one) for one in self.whole), attention, *o.stages, (norm, self.between),
+            *gate_up.stages, *gating, *down.stages, (norm, self.after),
         ]  # fmt: skip
 
     def give(self, job: NativeJob) -> None:
@@ -161,6 +164,9 @@ class _Layer:
         args.k = args.q + 2 * layer.heads * layer.head_dim
         args.v = args.k + 2 * layer.kv_heads * layer.head_dim
         args.q_token = args.k_token = args.v_token = self.parts.linears.qkv.out_features
+        for whole, start in zip(self.whole, (args.q, args.k), strict=False):
+            whole.a = whole.out = start
+            whole.rows, whole.stride, whole.out_stride = rows, args.q_token, args.q_token
         args.rotated, args.out = at["rotated"], at["mixed"]
         self.gating.both, self.gating.out, self.gating.rows = at["both"], at["act"], rows
         for norm in (self.between, self.after):
@@ -198,7 +204,7 @@ def _group(linear: PackedLinear) -> Group:
 
 
 def _norming(width: int, of: Norm | None, then: Norm | None, factor: float) -> Norming:
-    return Norming(dim=width, of=RowNorm.of(of), then=RowNorm.of(then), factor=factor)
+    return Norming(dim=width, stride=width, of=RowNorm.of(of), then=RowNorm.of(then), factor=factor)
 
 
 class Stack:
@@ -222,7 +228,7 @@ class Stack:
                 return None
             job = tap.linear.layers.joined
             tap.linear.layers.check_rows(rows, tap.linear.group)
-        assert hidden.dtype == cos.dtype == native.cache.dtype == torch.bfloat16
+        assert hidden.dtype == native.cache.dtype == torch.bfloat16
         hidden = hidden.contiguous()
         out = torch.empty_like(hidden)
         self.room.grow(rows)

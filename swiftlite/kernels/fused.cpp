@@ -37,13 +37,13 @@ void gate(T* out, const T* gate, const T* up, int64_t rows, int64_t gate_stride,
 
 // out[T][heads][dim] = x rotated; x by strides, cos and sin [T][rotation.dims].
 template <class T>
-void rope(T* out, const T* x, const T* cos, const T* sin, int64_t tokens, int heads, int dim, const Rotation& rotation, int64_t token_stride,
+void rope(T* out, const T* x, const void* cos, const void* sin, int64_t tokens, int heads, int dim, const Rotation& rotation, int64_t token_stride,
           int64_t head_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * heads * dim > 32768)
     for (int64_t i = 0; i < tokens * heads; i++) {
         const int64_t token = i / heads;
         const T* from = x + token * token_stride + i % heads * head_stride;
-        rope_row(out + i * dim, from, cos + token * rotation.dims, sin + token * rotation.dims, dim, rotation);
+        rope_row(out + i * dim, from, cos, sin, token, dim, rotation);
     }
 }
 
@@ -99,7 +99,7 @@ void swift_gate(int is_bf16, void* out, const void* gated, const void* up, int64
 }
 void swift_rope(int is_bf16, void* out, const void* x, const void* cos, const void* sin, int64_t tokens, int heads, int dim,
                 Rotation rotation, int64_t token_stride, int64_t head_stride, int threads) {
-    TYPED(rope, (T*)out, (const T*)x, (const T*)cos, (const T*)sin, tokens, heads, dim, rotation, token_stride, head_stride, threads)
+    TYPED(rope, (T*)out, (const T*)x, cos, sin, tokens, heads, dim, rotation, token_stride, head_stride, threads)
 }
 void swift_best_of_rows(int is_bf16, float* best, int64_t* place, const void* x, int64_t rows, int64_t stride, int64_t dim, int threads) {
     TYPED(best_of_rows, best, place, (const T*)x, rows, stride, dim, threads)

@@ -56,7 +56,7 @@ class Gradients(Kernels):
         return _SiluMul.apply(self, gate, up)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
-        assert rotation == (x.shape[-1], False)
+        assert rotation == Rotation(x.shape[-1])
         return _Rope.apply(self, x, cos, sin)
 
     def softmax_(self, scores: Tensor, queries: int, offset: int, window: int | None, scale: float) -> Tensor:

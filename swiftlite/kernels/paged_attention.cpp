@@ -21,8 +21,7 @@ INLINE void prepare_row(const Args& a, T* to, const T* from, const void* norm, i
         norm_row(to, from, (const T*)norm, a.key_dim, a.eps, a.norm_kind);
         from = to;
     }
-    const int64_t angles = token * a.rotation.dims;
-    rope_row(to, from, (const T*)a.cos + angles, (const T*)a.sin + angles, a.key_dim, a.rotation);
+    rope_row(to, from, a.cos, a.sin, token, a.key_dim, a.rotation);
 }
 
 template <class T>

@@ -9,12 +9,12 @@
 
 namespace {
 
-// add_norm_row for rows of which those of out lie `out_stride` elements apart
+// add_norm_row for rows of which those of `a` and of out lie `stride` and `out_stride` elements apart
 struct Norming {
     bf16 *out, *total;
     const bf16 *a, *b;
     RowNorm of, then;
-    int64_t rows, out_stride;
+    int64_t rows, stride, out_stride;
     int32_t dim;
     float factor;
 };
@@ -22,7 +22,7 @@ struct Norming {
 void norm_rows(const Norming& n, const Team& team) {
     for (int64_t row = team.first(n.rows); row < team.end(n.rows); row++) {
         const int64_t at = row * n.dim;
-        add_norm_row(n.out ? n.out + row * n.out_stride : n.out, n.b ? n.total + at : n.total, n.a + at, n.b ? n.b + at : n.b, n.of, n.then,
+        add_norm_row(n.out ? n.out + row * n.out_stride : n.out, n.b ? n.total + at : n.total, n.a + row * n.stride, n.b ? n.b + at : n.b, n.of, n.then,
                      n.factor, n.dim);
     }
 }

@@ -45,7 +45,7 @@ class Norming(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "total", "a", "b")),
         *((name, RowNorm) for name in ("of", "then")),
-        *((name, ctypes.c_int64) for name in ("rows", "out_stride")),
+        *((name, ctypes.c_int64) for name in ("rows", "stride", "out_stride")),
         ("dim", ctypes.c_int32),
         ("factor", ctypes.c_float),
     )

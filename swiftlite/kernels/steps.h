@@ -104,45 +104,55 @@ INLINE void add_norm_row(T* out, T* total, const T* a, const T* b, const RowNorm
         memcpy(out, a, dim * sizeof(T));
 }
 
-// Which of a head's dimensions are rotated: the first `dims`, in two halves, or, as `pairs`, each with its neighbour.
+// Which of a head's dimensions are rotated: the first `dims`, in two halves, or, as `pairs`, each with its neighbour. Products with cos and
+// sin are rounded to their type, which is the rows' unless `wide`: float32.
 struct Rotation {
-    int32_t dims, pairs;
+    int32_t dims, pairs, wide;
 };
 
-// to[dims]: neighbours rotated by the angles of the first half of cos and sin [dims], each product rounded; `to` may be `from`
-template <class T>
-INLINE void rope_pairs(T* to, const T* from, const T* cos, const T* sin, int dims) {
+// to[dims]: neighbours rotated by the angles of the first half of cos and sin [dims]; `to` may be `from`
+template <class T, class C>
+INLINE void rope_pairs(T* to, const T* from, const C* cos, const C* sin, int dims) {
     for (int d = 0; d < dims; d += 2) {
         const float a = to_float(from[d]), b = to_float(from[d + 1]), c = to_float(cos[d / 2]), s = to_float(sin[d / 2]);
-        put(to + d, rounded1(a * c, to) - rounded1(b * s, to));
-        put(to + d + 1, rounded1(b * c, to) + rounded1(a * s, to));
+        put(to + d, rounded1(a * c, cos) - rounded1(b * s, cos));
+        put(to + d + 1, rounded1(b * c, cos) + rounded1(a * s, cos));
     }
 }
 
-// to[dims] = x * cos + rotate_half(x) * sin, each product rounded; `to` may be `from`
-template <class T>
-INLINE void rope_halves(T* to, const T* from, const T* cos, const T* sin, int dims) {
+// to[dims] = x * cos + rotate_half(x) * sin; `to` may be `from`
+template <class T, class C>
+INLINE void rope_halves(T* to, const T* from, const C* cos, const C* sin, int dims) {
     const int half = dims / 2;
     int d = 0;
     for (; d + 16 <= half; d += 16) {
         v16f a = load(from + d), b = load(from + half + d);
-        store(to + d, rounded(a * load(cos + d), to) - rounded(b * load(sin + d), to));
-        store(to + half + d, rounded(b * load(cos + half + d), to) + rounded(a * load(sin + half + d), to));
+        store(to + d, rounded(a * load(cos + d), cos) - rounded(b * load(sin + d), cos));
+        store(to + half + d, rounded(b * load(cos + half + d), cos) + rounded(a * load(sin + half + d), cos));
     }
     for (; d < half; d++) {
         float a = to_float(from[d]), b = to_float(from[half + d]);
-        put(to + d, rounded1(a * to_float(cos[d]), to) - rounded1(b * to_float(sin[d]), to));
-        put(to + half + d, rounded1(b * to_float(cos[half + d]), to) + rounded1(a * to_float(sin[half + d]), to));
+        put(to + d, rounded1(a * to_float(cos[d]), cos) - rounded1(b * to_float(sin[d]), cos));
+        put(to + half + d, rounded1(b * to_float(cos[half + d]), cos) + rounded1(a * to_float(sin[half + d]), cos));
     }
 }
 
-// to[dim]: from, rotated by cos and sin [rotation.dims]
-template <class T>
-INLINE void rope_row(T* to, const T* from, const T* cos, const T* sin, int dim, const Rotation& rotation) {
+template <class C, class T>
+INLINE void rope_by(T* to, const T* from, const void* cos, const void* sin, int64_t token, const Rotation& rotation) {
+    const C *c = (const C*)cos + token * rotation.dims, *s = (const C*)sin + token * rotation.dims;
     if (rotation.pairs)
-        rope_pairs(to, from, cos, sin, rotation.dims);
+        rope_pairs(to, from, c, s, rotation.dims);
     else
-        rope_halves(to, from, cos, sin, rotation.dims);
+        rope_halves(to, from, c, s, rotation.dims);
+}
+
+// to[dim]: from, rotated by the rows of `token` in cos and sin [T][rotation.dims]
+template <class T>
+INLINE void rope_row(T* to, const T* from, const void* cos, const void* sin, int64_t token, int dim, const Rotation& rotation) {
+    if (rotation.wide)
+        rope_by<float>(to, from, cos, sin, token, rotation);
+    else
+        rope_by<T>(to, from, cos, sin, token, rotation);
     if (to != from) memcpy(to + rotation.dims, from + rotation.dims, (dim - rotation.dims) * sizeof(T));
 }
 

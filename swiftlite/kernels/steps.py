@@ -50,10 +50,18 @@ class Activation(IntEnum):
 
 
 class Rotation(NamedTuple):
-    """Which of a head's dimensions are rotated: the first `dims`, in two halves, or, as `pairs`, each with its neighbour."""
+    """Which of a head's dimensions are rotated: the first `dims`, in two halves, or, as `pairs`, each with its neighbour.
+
+    Cosines and sines are of the rows' dtype, or `wide`: float32, and what is multiplied by them is rounded once, at the end.
+    """
 
     dims: int
     pairs: bool = False
+    wide: bool = False
+
+    def has(self, table: Tensor, dtype: torch.dtype) -> bool:
+        """Whether cosines or sines [1, T, dims] are of this rotation, for rows of `dtype`."""
+        return table.shape[-1] == self.dims and table.dtype == (torch.float32 if self.wide else dtype)
 
 
 NO_ROTATION = Rotation(0)
@@ -62,7 +70,7 @@ NO_ROTATION = Rotation(0)
 class RotationArgs(ctypes.Structure):
     """struct Rotation of steps.h."""
 
-    _fields_ = (("dims", ctypes.c_int32), ("pairs", ctypes.c_int32))
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("dims", "pairs", "wide"))
 
 
 @dataclass(frozen=True)

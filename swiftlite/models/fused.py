@@ -198,10 +198,11 @@ class Rope:
         if self.watch is not None:
             self.watch()
         running = next((one for one in self.running.values() if one[0] is cos), None)
-        if running is None or args or kwargs or not (q.stride(-1) == k.stride(-1) == 1 and q.dtype == k.dtype == cos.dtype):
+        if running is None or args or kwargs or not q.stride(-1) == k.stride(-1) == 1 or q.dtype != k.dtype:
             return self.stock(q, k, cos, sin, *args, **kwargs)
         _, kernels, rotation = running
-        if kernels.differentiable and not q.shape[-1] == k.shape[-1] == rotation.dims:
+        whole = q.shape[-1] == k.shape[-1] == rotation.dims
+        if (kernels.differentiable and not whole) or not rotation.has(cos, q.dtype):
             return self.stock(q, k, cos, sin)
         return kernels.rope(q, cos, sin, rotation), kernels.rope(k, cos, sin, rotation)
 
@@ -245,18 +246,21 @@ def _rotation(
             cos, sin = produce(torch.zeros(1, 5, 1, dtype=dtype), positions, *kind)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return None
-        if cos.ndim != 3 or cos.shape[:2] != (1, 5) or cos.dtype != dtype or cos.shape[-1] % 2:
+        if cos.ndim != 3 or cos.shape[:2] != (1, 5) or cos.shape[-1] % 2:
             return None
-        dims = cos.shape[-1]
-        known = (Rotation(dims),) if kernels.differentiable else (Rotation(dims), Rotation(dims, True))
-        found.add(next((one for one in known if _rotates(stock, cos, sin, kernels, one)), None))
+        dims, wide = cos.shape[-1], cos.dtype != dtype
+        known = [Rotation(dims)] if kernels.differentiable else [Rotation(dims, False, wide), Rotation(dims, True, wide)]
+        possible = [one for one in known if one.has(cos, dtype) and _rotates(stock, cos, sin, kernels, one, dtype)]
+        found.add(possible[0] if possible else None)
     return found.pop() if len(found) == 1 else None
 
 
-def _rotates(stock: Callable[..., tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, kernels: Kernels, rotation: Rotation) -> bool:
+def _rotates(
+    stock: Callable[..., tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, kernels: Kernels, rotation: Rotation, dtype: torch.dtype
+) -> bool:
     """Whether `stock` does this with heads of just so many dimensions, and with larger ones if it takes them."""
     for dims in (rotation.dims, rotation.dims + 16)[: 1 if kernels.differentiable else 2]:
-        q, k = (_probes(1, 5, heads, dims, dtype=cos.dtype)[0].transpose(1, 2) for heads in (4, 2))
+        q, k = (_probes(1, 5, heads, dims, dtype=dtype)[0].transpose(1, 2) for heads in (4, 2))
         try:
             wanted = stock(q, k, cos, sin)
         except (RuntimeError, TypeError, ValueError, AttributeError):
