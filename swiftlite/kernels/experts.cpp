@@ -3,7 +3,7 @@
 //
 // The (token, expert) pairs are sorted by expert, so an expert reads its weights once for all of its rows, and one that nobody chose reads
 // nothing. Threads share the panels of all active experts, weighed by their rows: four experts with a row each keep any number of threads
-// busy, and so does one that got most of them.
+// busy, and so does one that got most of the rows.
 #include <vector>
 
 #include "linear.h"
@@ -27,6 +27,7 @@ namespace {
 constexpr int64_t COLUMNS = 512;  // of a token's sum that are a thread's piece
 // Rows whose products with a panel take as long as its reading from memory
 constexpr int64_t UNIT_READ = 64, VECTORS_READ = 8;
+constexpr int SHARES = 8;  // of the work that one thread's is in
 
 class ExpertsWork : public Work {
    public:
@@ -51,9 +52,9 @@ class ExpertsWork : public Work {
             gather(team);
             team.wait();
         }
-        share(team, true);
+        share(team, true, shared[0]);
         team.wait();
-        share(team, false);
+        share(team, false, shared[1]);
         team.wait();
         if (e.weights_are_bf16)
             combine(team, (const bf16*)e.weights);
@@ -69,6 +70,7 @@ class ExpertsWork : public Work {
     std::vector<Active> active;
     std::vector<int64_t> place, token;  // of a pair where its row is, of a row whose it is
     bool gathering = false;
+    std::atomic<int64_t> shared[2] = {0, 0};  // of the gates and of what follows, how much threads have taken
 
     bool known(int64_t expert) const { return expert >= 0 && expert < e.experts; }
 
@@ -93,29 +95,34 @@ class ExpertsWork : public Work {
         return p;
     }
 
-    static int64_t read(const Product& p) {
+    // Of a piece, in what a row takes
+    static int64_t length(const Product& p) {
 #ifdef SWIFT_AMX
-        if (by_unit(p)) return UNIT_READ;
+        if (by_unit(p)) return p.rows + UNIT_READ;
 #endif
-        return VECTORS_READ;
+        return p.rows + VECTORS_READ;
     }
 
-    // This thread's pieces of the active experts' products: they lie on one line, on which each is as long as it takes.
-    void share(const Team& team, bool gate) const {
+    // All pieces of the active experts' products lie on one line, on which each is as long as it takes. Threads take shares of the line as
+    // they get done: one whose core is slower, as virtual ones often are, does less of it.
+    void share(const Team& team, bool gate, std::atomic<int64_t>& next) const {
         int64_t all = 0;
         for (const Active& one : active) {
             const Product p = product(one, gate);
-            all += count_pieces(p, gate) * (read(p) + p.rows);
+            all += count_pieces(p, gate) * length(p);
         }
-        const int64_t from = team.first(all), to = team.end(all);
-        int64_t at = 0;
-        for (const Active& one : active) {
-            const Product p = product(one, gate);
-            const int64_t pieces = count_pieces(p, gate), length = read(p) + p.rows;
-            const auto before = [&](int64_t point) { return std::clamp((point - at + length - 1) / length, (int64_t)0, pieces); };
-            const Pieces mine{before(from), before(to)};
-            if (mine.begin < mine.end) multiply(p, gate, mine);
-            at += pieces * length;
+        const int64_t shares = team.count > 1 ? team.count * SHARES : 1;
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < shares;) {
+            const int64_t from = all * i / shares, to = all * (i + 1) / shares;
+            int64_t at = 0;
+            for (const Active& one : active) {
+                const Product p = product(one, gate);
+                const int64_t pieces = count_pieces(p, gate);
+                const auto before = [&](int64_t point) { return std::clamp((point - at + length(p) - 1) / length(p), (int64_t)0, pieces); };
+                const Pieces mine{before(from), before(to)};
+                if (mine.begin < mine.end) multiply(p, gate, mine);
+                at += pieces * length(p);
+            }
         }
     }
 
