@@ -167,10 +167,15 @@ def test_what_is_fused(make_model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [("llama", 3), ("qwen2", 3), ("qwen3", 3), ("mistral", 3), ("gemma2", 0), ("granite", 0), ("olmo2", 0)]
+    ("family", "layers"),
+    [
+        *(("llama", 3), ("qwen2", 3), ("qwen3", 3), ("mistral", 3), ("qwen3_moe", 3), ("mixtral", 3)),
+        *(("gemma2", 0), ("granite", 0), ("olmo2", 0), ("olmoe", 0), ("granitemoe", 0)),
+    ],
 )
 def test_whole_layers(family: str, layers: int, make_model) -> None:
-    """Pre-norm layers run as one; others keep their own forward. Residual multipliers and the like are noticed by the check."""
+    """Pre-norm layers run as one, with experts in them too; others keep their own forward. Residual multipliers and the like are noticed
+    by the check."""
     runner = make_runner(make_model(family))
     assert runner.fused_layers == layers
 

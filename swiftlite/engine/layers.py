@@ -3,7 +3,8 @@
 At small batches a step is the reading of the weights plus the overhead of hundreds of small calls. A layer qualifies by its parts (all of
 them already replaced by checked kernels), and all layers together are then held against the stock forward on a few tokens spread over
 the whole context, with a cache of their own; one difference and every layer gets its own forward back. Layers that can be stages run
-together with their neighbours as one call (staged.py); else their linears stay modules that are called one by one.
+together with their neighbours as one call (staged.py); else their linears stay modules that are called one by one. What stands in an
+MLP's place and is another kind, as experts are, is called as it is.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class _Layer:
     between: Norm  # attention and MLP
     heads: HeadNorms | None
     projections: list[nn.Module]  # q, k, v, o
-    mlp: list[nn.Module]  # gate, up, down
+    mlp: list[nn.Module]  # gate, up, down, or none: another kind, such as experts, that is called as it is
 
     @property
     def parts(self) -> Parts | None:
         """What its stages need, where it can be stages."""
-        linears = Linears.of(self.projections, self.mlp)
+        linears = Linears.of(self.projections, self.mlp) if self.mlp else None
         return None if linears is None else Parts(self.attention, self.before, self.between, self.heads, linears)
 
 
@@ -90,7 +91,7 @@ def _qualify(module: nn.Module, bridge: Bridge, fused: Fused) -> _Layer | None:
         fused.norms.get(module.get_submodule("post_attention_layernorm")),
     )
     layer, extra = bridge.layer_of.get(attention), {name for name, _ in attention.named_children()} - PROJECTIONS
-    if first is None or second is None or layer is None or mlp not in fused.gates or extra not in (set(), {"q_norm", "k_norm"}):
+    if first is None or second is None or layer is None or extra not in (set(), {"q_norm", "k_norm"}):
         return None
     if not all(isinstance(attention.get_submodule(name), nn.Linear) for name in PROJECTIONS):
         return None
@@ -101,7 +102,8 @@ def _qualify(module: nn.Module, bridge: Bridge, fused: Fused) -> _Layer | None:
             return None
         heads = HeadNorms(q.weight, k.weight, q.eps, q.kind)
     projections = [attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    return _Layer(module, layer, first, second, heads, projections, [mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down")])
+    gated = [mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down")] if mlp in fused.gates else []
+    return _Layer(module, layer, first, second, heads, projections, gated)
 
 
 def _stacks(layers: list[_Layer], bridge: Bridge) -> list[Stack | None]:
@@ -129,7 +131,8 @@ def _stacks(layers: list[_Layer], bridge: Bridge) -> list[Stack | None]:
 def _forward(layer: _Layer, stack: Stack | None, kernels: Kernels) -> Callable[..., Any]:
     """In place of a layer's own: the first of a stack does all of them, and the others hand on what they get."""
     stock, attention, before, between = layer.module.forward, layer.attention, layer.before, layer.between
-    (q_proj, k_proj, v_proj, o_proj), (gate_proj, up_proj, down_proj) = layer.projections, layer.mlp
+    mlp = _gated(layer.mlp, kernels) if layer.mlp else layer.module.get_submodule("mlp")
+    q_proj, k_proj, v_proj, o_proj = layer.projections
     first = stack is not None and stack.layers[0].parts.attention is attention
 
     def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, swift_pages: Any = None, **kwargs: Any) -> Any:
@@ -150,9 +153,14 @@ def _forward(layer: _Layer, stack: Stack | None, kernels: Kernels) -> Callable[.
         q, k, v = q_proj.forward(x), k_proj.forward(x), v_proj.forward(x)
         mixed = native.attend_raw(attention, q, k, v, cos, sin, layer.heads)
         hidden_states, x = kernels.add_norm(hidden_states, o_proj.forward(mixed), between)
-        return hidden_states + down_proj.forward(kernels.silu_mul(gate_proj.forward(x), up_proj.forward(x)))
+        return hidden_states + mlp(x)
 
     return forward
+
+
+def _gated(linears: list[nn.Module], kernels: Kernels) -> Callable[[Tensor], Tensor]:
+    gate_proj, up_proj, down_proj = linears
+    return lambda x: down_proj.forward(kernels.silu_mul(gate_proj.forward(x), up_proj.forward(x)))
 
 
 def _whole(tables: Any, layer: AttentionLayer) -> bool:
