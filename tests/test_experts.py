@@ -9,7 +9,7 @@ from pathlib import Path
 import kernel_builds
 import pytest
 import torch
-from test_runner import CPU, generate, prompts_for
+from test_runner import CPU, Item, Seq, generate, prompts_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -193,6 +193,16 @@ def test_small_activations_do_not_hide_which_they_are() -> None:
         assert pack_experts(nn.ModuleList([stock]), library) == count
 
 
+def test_a_checkpoint_that_experts_were_joined_from_is_given_back(make_model) -> None:
+    """In the file each expert has weights of its own. What is still read of it comes back: the embedding's rows are right."""
+    path = make_model("qwen3_moe", moe_intermediate_size=32, hidden_size=256)
+    config = EngineConfig(num_blocks=160, block_size=4)
+    packed, stock = (Runner(path, config, torch.bfloat16, CPU, plain=plain) for plain in (False, True))
+    assert packed.packed_experts == 3
+    ours, theirs = packed.model.get_input_embeddings().weight, stock.model.get_input_embeddings().weight
+    assert torch.equal(ours, theirs) and torch.equal(packed.model.model.norm.weight, stock.model.model.norm.weight)
+
+
 def test_the_plain_weights_memory_is_given_back(tmp_path: Path) -> None:
     """As of a mapped checkpoint: its pages leave the process."""
     count = 8 * 3 * 256 * 512
@@ -240,6 +250,21 @@ def test_an_engine_writes_what_it_writes_without(family: str, settings: dict, ma
     assert count == 3
     monkeypatch.setattr("swiftlite.engine.runner.pack_experts", lambda *_: 0)
     assert run() == (ours, 0)
+
+
+def test_adapters_beside_packed_experts(make_model, make_adapter) -> None:
+    """They change attention's linears, in some rows of a batch."""
+    path = make_model("qwen3_moe", moe_intermediate_size=32)
+    adapter, logits = make_adapter(path, 1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), []
+    for plain in (False, True):
+        runner = Runner(path, EngineConfig(num_blocks=160, block_size=4), torch.bfloat16, CPU, plain=plain)
+        assert runner.packed_experts == runner.fused_layers == (0 if plain else 3)
+        runner.lora.add("one", adapter)
+        [prompt] = prompts_for(runner.vocab_size, [12])
+        seqs = [Seq(prompt, [1, 2, 3], runner.lora.acquire("one")), Seq(prompt, [4, 5, 6])]
+        logits.append(runner.execute([Item(seq, 0, 12) for seq in seqs]).float())
+    assert F.cosine_similarity(*logits).min() > 0.99
+    assert F.cosine_similarity(logits[0][0], logits[0][1], dim=0) < 0.9
 
 
 def test_where_nothing_is_packed(make_model) -> None:

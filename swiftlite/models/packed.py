@@ -10,6 +10,7 @@ Only for inference on a CPU, float32 and bfloat16; whether a model is packed nev
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import sys
 from collections.abc import Iterator, Sequence
@@ -254,8 +255,13 @@ def give_back_files() -> None:
             _forget(mapping.first, mapping.end - mapping.first)
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _forget(first: int, length: int) -> None:
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
+    _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 def _is_stock(module: nn.Linear) -> bool:
