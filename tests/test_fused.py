@@ -202,6 +202,10 @@ def test_what_is_fused(make_model) -> None:
         ("granite", 3),
         ("smollm3", 3),
         ("exaone4", 3),
+        ("qwen3_moe", 3),
+        ("mixtral", 3),
+        ("olmoe", 3),
+        ("granitemoe", 0),
         ("olmo2", 3),
     ],
 )

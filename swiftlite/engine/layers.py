@@ -3,7 +3,8 @@
 At small batches a step is the reading of the weights plus the overhead of hundreds of small calls. A layer qualifies by its parts (all of
 them already replaced by checked kernels), and all layers together are then held against the stock forward on a few tokens spread over
 the whole context, with a cache of their own; one difference and every layer gets its own forward back. Layers that can be stages run
-together with their neighbours as one call (staged.py); else their linears stay modules that are called one by one.
+together with their neighbours as one call (staged.py); else their linears stay modules that are called one by one. What stands in an
+MLP's place and is another kind, as experts are, is called as it is.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from swiftlite.engine.attention_native import HeadSteps
 from swiftlite.engine.bridge import Bridge, ForwardBatch, Pages
 from swiftlite.engine.kv import KVCache
 from swiftlite.engine.staged import Linears, Parts, Room, Stack, Steps
-from swiftlite.kernels.steps import NO_ROTATION, Norm, Rotation
-from swiftlite.models.fused import Fused, Rope
+from swiftlite.kernels.steps import NO_ROTATION, Activation, Norm, Rotation
+from swiftlite.models.fused import Fused, Gate, Rope
 
 # The norms that a layer has -> which of them come before attention, after it, before the MLP and after it
 NORMS: dict[frozenset[str], tuple[str | None, str | None, str | None, str | None]] = {
@@ -46,14 +47,17 @@ class _Layer:
     steps: Steps
     qkv: list[nn.Module]  # q, k, v, or one for all
     o: nn.Module
-    gate_up: list[nn.Module]  # gate, up, or one for both
-    down: nn.Module
+    mlp: nn.Module
+    gate: Gate | None  # what the MLP is; None: another kind
     tables: int  # which layers get the same cosines and sines
 
     @property
     def parts(self) -> Parts | None:
         """What its stages need, where it can be stages."""
-        linears = Linears.of(self.qkv, self.o, self.gate_up, self.down)
+        if self.gate is None:
+            return None
+        gate_up = [self.mlp.get_submodule(name) for name in self.gate.first]
+        linears = Linears.of(self.qkv, self.o, gate_up, self.mlp.get_submodule("down_proj"))
         return None if linears is None else Parts(self.steps, linears)
 
 
@@ -129,12 +133,12 @@ def _qualify(module: nn.Module, bridge: Bridge, fused: Fused, seen: _Rotations) 
     children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
     attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
     roles = NORMS.get(frozenset(children))
-    if attention is None or mlp is None or roles is None or attention not in bridge.layer_of or mlp not in fused.gates:
+    if attention is None or mlp is None or roles is None or attention not in bridge.layer_of:
         return None
     norms = [None if name is None else fused.norms.get(children[name]) for name in roles]
     if any(name is not None and norm is None for name, norm in zip(roles, norms, strict=True)):
         return None
-    layer, gate, inner = bridge.layer_of[attention], fused.gates[mlp], dict(attention.named_children())
+    layer, gate, inner = bridge.layer_of[attention], fused.gates.get(mlp), dict(attention.named_children())
     names = next((names for names in QKV if all(name in inner for name in names)), None)
     if names is None or set(inner) - {*names, "o_proj"} not in (set(), HEAD_NORMS):
         return None
@@ -157,11 +161,9 @@ def _qualify(module: nn.Module, bridge: Bridge, fused: Fused, seen: _Rotations) 
     rotation = fused.rotation if module in seen.rotated else NO_ROTATION
     factor = vars(module).get("residual_multiplier", 1.0)  # Granite's
     before, of_attention, between, of_mlp = norms
-    return _Layer(
-        module, Steps(layer, HeadSteps(heads, rotation), whole, before, of_attention, between, of_mlp, factor, gate.activation),
-        list(linears[:-1]), linears[-1], [mlp.get_submodule(name) for name in gate.first], mlp.get_submodule("down_proj"),
-        id(seen.tables[module]),
-    )  # fmt: skip
+    activation = Activation.SILU if gate is None else gate.activation
+    steps = Steps(layer, HeadSteps(heads, rotation), whole, before, of_attention, between, of_mlp, factor, activation)
+    return _Layer(module, steps, list(linears[:-1]), linears[-1], mlp, gate, id(seen.tables[module]))
 
 
 def _stacks(layers: list[_Layer], bridge: Bridge) -> list[Stack | None]:
@@ -213,29 +215,16 @@ def _forward(layer: _Layer, stack: Stack | None, fused: Fused) -> Callable[..., 
         elif stack is not None and native.done is stack:
             return hidden_states
         x = hidden_states if before is None else kernels.rms_norm(hidden_states, before.weight, before.eps, before.kind)
-        q, k, v = _columns(layer.qkv, x, (attention.heads * attention.head_dim, key, value))
+        # `forward`, not the module's call: there are no hooks on these, and an adapter's tap sits on `forward`
+        parts = [linear.forward(x) for linear in layer.qkv]
+        q, k, v = parts if len(parts) > 1 else parts[0].split((attention.heads * attention.head_dim, key, value), dim=-1)
         if steps.whole is not None:
             q, k = (kernels.rms_norm(y, norm.weight, norm.eps, norm.kind) for y, norm in zip((q, k), steps.whole, strict=True))
         mixed = native.attend_raw(attention, q, k, v, cos, sin, steps.heads)
-        hidden_states, x = kernels.add_norm(hidden_states, _apply(layer.o, mixed), steps.of_attention, steps.between, steps.factor)
-        gate, up = _columns(layer.gate_up, x)
-        mixed = _apply(layer.down, kernels.gate(gate, up, steps.activation))
-        return kernels.add_norm(hidden_states, mixed, steps.of_mlp, None, steps.factor)[0]
+        hidden_states, x = kernels.add_norm(hidden_states, layer.o.forward(mixed), steps.of_attention, steps.between, steps.factor)
+        return kernels.add_norm(hidden_states, layer.mlp(x), steps.of_mlp, None, steps.factor)[0]
 
     return forward
-
-
-def _apply(linear: nn.Module, x: Tensor) -> Tensor:
-    """`forward`, not the module's call: there are no hooks on these, and an adapter's tap sits on `forward`."""
-    return linear.forward(x)
-
-
-def _columns(linears: list[nn.Module], x: Tensor, widths: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
-    """The results of linears, or the parts of one's, of these widths (None: two equal ones)."""
-    if len(linears) > 1:
-        return tuple(_apply(linear, x) for linear in linears)
-    y = _apply(linears[0], x)
-    return y.chunk(2, dim=-1) if widths is None else y.split(widths, dim=-1)
 
 
 def _fit(tables: Any, rotation: Rotation, dtype: torch.dtype) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from swiftlite.engine.attention_cpu import SequenceSlice
 from swiftlite.engine.bridge import NAME, Bridge, ForwardBatch
 from swiftlite.engine.config import EngineConfig
+from swiftlite.engine.experts import pack_experts
 from swiftlite.engine.int8 import choose_int8
 from swiftlite.engine.kv import KVCache, available_memory
 from swiftlite.engine.layers import fuse_layers
@@ -67,6 +68,7 @@ class Runner:
         self.config, self.dtype, self.device = config, dtype, device
         _check_quantization(config.quantization, device, loaded=model is not None)
         self.model = model or load_model(model_dir, dtype, device, NAME)
+        self.packed_experts = 0  # blocks
         packs = not plain and model is None and config.quantization is None and can_pack(dtype, device)
         ready = None if ahead is None else ahead.take
         if ready is not None and packs:
@@ -80,6 +82,7 @@ class Runner:
             pack = choose_pack(self.bridge.library, dtype, ready)
             pack_linears(self.model, self.bridge.shared_inputs, pack)
             pack_tied_head(self.model, pack)
+            self.packed_experts = pack_experts(self.model, self.bridge.library)
         self.fused_layers = 0
         self.kernels: Kernels | None = None
         steps = None if self.bridge.library is None else load_library("steps")

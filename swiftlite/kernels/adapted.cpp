@@ -43,10 +43,12 @@ class AdaptedProduct : public Work {
         team.wait();
         static thread_local std::vector<__m512i> memory;
         const auto add = [&](int64_t row, int64_t column) { expand(blocks.index(row), column, memory); };
+        const int64_t all = count_pieces(p, gate);
+        const Pieces mine{team.first(all), team.end(all)};
         if (gate)
-            gate_by_unit(p, team.index, team.count, add);
+            gate_by_unit(p, mine, add);
         else
-            multiply_by_unit(p, team.index, team.count, add);
+            multiply_by_unit(p, mine, add);
     }
 
    private:

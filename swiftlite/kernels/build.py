@@ -22,7 +22,7 @@ from pathlib import Path
 
 LIBRARIES = {  # training needs the first alone, which compiles in 3 s where the second takes 10 on two cores
     "steps": ("fused.cpp", "gradients.cpp", "lowrank.cpp", "segments.cpp"),
-    "engine": ("stages.cpp", "paged_attention.cpp", "linear.cpp", "int8.cpp", "lora.cpp", "adapted.cpp", "lora_files.cpp"),
+    "engine": ("stages.cpp", "paged_attention.cpp", "linear.cpp", "experts.cpp", "int8.cpp", "lora.cpp", "adapted.cpp", "lora_files.cpp"),
 }
 HEADERS = (
     *("vectors.h", "amx.h", "panels.h", "unit.h", "linear.h", "steps.h", "stage.h", "adapters.h"),

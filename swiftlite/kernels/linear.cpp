@@ -56,15 +56,12 @@ struct RowGroups {
     int64_t first(int64_t group) const { return rows * group / count; }
 };
 
-// Share `index` of `count` of a product: whole panels for a group of rows.
-inline void multiply(const Product& p, int index, int count) {
-#ifdef SWIFT_AMX
-    if (by_unit(p)) return multiply_by_unit(p, index, count);
-#endif
+// A piece is a panel, for a group of rows.
+void multiply_by_vectors(const Product& p, Pieces pieces) {
     const RowGroups groups(p);
-    const int64_t panels = (p.n + WIDTH - 1) / WIDTH, total = groups.count * panels;
-    for (int64_t unit = total * index / count; unit < total * (index + 1) / count; unit++) {
-        const int64_t group = unit / panels, panel = unit % panels, begin = groups.first(group), end = groups.first(group + 1);
+    const int64_t panels = (p.n + WIDTH - 1) / WIDTH;
+    for (int64_t piece = pieces.begin; piece < pieces.end; piece++) {
+        const int64_t group = piece / panels, panel = piece % panels, begin = groups.first(group), end = groups.first(group + 1);
         const int64_t blocks = (end - begin + PANEL_ROWS - 1) / PANEL_ROWS;
         const bf16* from = p.w + panel * WIDTH * p.k;
         const char* ahead = (const char*)(panel + 1 < panels ? from + WIDTH * p.k : from);
@@ -77,16 +74,13 @@ inline void multiply(const Product& p, int index, int count) {
     }
 }
 
-// Share `index` of `count` of act(gate) * up, out [rows][n / 2], for a weight that is the gate's and, behind it, up's; rounded as if each
-// were stored. Each panel of the gate goes with its panel of the other half: what both give never goes to memory.
-void multiply_gate(const Product& p, int index, int count) {
-#ifdef SWIFT_AMX
-    if (by_unit(p)) return gate_by_unit(p, index, count);
-#endif
+// act(gate) * up, rounded as if each were stored. Each panel of the gate goes with its panel of the other half: what both give never goes
+// to memory.
+void gate_by_vectors(const Product& p, Pieces pieces) {
     const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k;
     const RowGroups groups(p);
-    for (int64_t unit = groups.count * panels * index / count; unit < groups.count * panels * (index + 1) / count; unit++) {
-        const int64_t group = unit / panels, panel = unit % panels, begin = groups.first(group), all = groups.first(group + 1) - begin;
+    for (int64_t piece = pieces.begin; piece < pieces.end; piece++) {
+        const int64_t group = piece / panels, panel = piece % panels, begin = groups.first(group), all = groups.first(group + 1) - begin;
         const int64_t blocks = (all + PANEL_ROWS - 1) / PANEL_ROWS;
         const bf16* half[3] = {p.w + panel * size, p.w + (panels + panel) * size, p.w + (panel + 1) * size};  // the last: what comes next
         const bf16* bias = p.bias ? p.bias + panel * WIDTH : nullptr;
@@ -113,7 +107,27 @@ void release(const bf16* begin, const bf16* end) {
 #endif
 }
 
+Work* product_work(const Product& p, bool gate) {
+    const int64_t all = count_pieces(p, gate);
+    return work([=](const Team& team) { multiply(p, gate, {team.first(all), team.end(all)}); });
+}
+
 }  // namespace
+
+int64_t count_pieces(const Product& p, bool gate) {
+    const int64_t panels = gate ? p.n / 2 / WIDTH : (p.n + WIDTH - 1) / WIDTH;
+#ifdef SWIFT_AMX
+    if (by_unit(p)) return panels;
+#endif
+    return RowGroups(p).count * panels;
+}
+
+void multiply(const Product& p, bool gate, Pieces pieces) {
+#ifdef SWIFT_AMX
+    if (by_unit(p)) return gate ? gate_by_unit(p, pieces) : multiply_by_unit(p, pieces);
+#endif
+    gate ? gate_by_vectors(p, pieces) : multiply_by_vectors(p, pieces);
+}
 
 // A weight [n][k] of a mapped file, n a multiple of 32, and the memory for its panels.
 struct Packing {
@@ -159,13 +173,8 @@ void swift_unpack(bf16* out, const bf16* w, int64_t n, int64_t k, int threads) {
     }
 }
 
-Work* swift_linear(const Product* product, int) {
-    return work([p = *product](const Team& team) { multiply(p, team.index, team.count); });
-}
-
-Work* swift_gated(const Product* product, int) {
-    return work([p = *product](const Team& team) { multiply_gate(p, team.index, team.count); });
-}
+Work* swift_linear(const Product* product, int) { return product_work(*product, false); }
+Work* swift_gated(const Product* product, int) { return product_work(*product, true); }
 }
 #else
 extern "C" {

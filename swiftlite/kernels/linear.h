@@ -12,9 +12,20 @@ struct Product {
     int32_t activation;  // of a gate
 };
 
+// A product is made of pieces, which threads share: each does those of [begin, end).
+struct Pieces {
+    int64_t begin, end;
+};
+
+// Of linear.cpp, where there are vectors of bfloat16. `gate`: act(gate) * up, out [rows][n / 2], for a weight that is the gate's and,
+// behind it, up's.
+int64_t count_pieces(const Product& p, bool gate);
+void multiply(const Product& p, bool gate, Pieces pieces);
+
 #ifdef SWIFT_AMX
 namespace {
 
+// A piece is a panel, with that of the other half where there is a gate.
 inline bool by_unit(const Product& p) { return p.rows >= UNIT_ROWS && p.k % DEPTH == 0 && amx_ready(); }
 
 // What is fetched while the panels [first, last) of `size` elements are multiplied in `steps` steps: those behind them, up to `end`; with
@@ -30,8 +41,8 @@ struct AddNothing {
 };
 
 template <class Add = AddNothing>
-void multiply_by_unit(const Product& p, int index, int count, Add add = {}) {
-    const int64_t panels = (p.n + WIDTH - 1) / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
+void multiply_by_unit(const Product& p, Pieces pieces, Add add = {}) {
+    const int64_t size = WIDTH * p.k, begin = pieces.begin, end = pieces.end;
     const RowBlocks blocks(p.rows);
     const Tiles tiles = blocks.tiles();
     Fetch next(nullptr, 0, 1);
@@ -71,8 +82,8 @@ struct GatedBlock {
 
 // act(gate) * up, out [rows][n / 2], of a weight that is the gate's and, behind it, up's
 template <class Add = AddNothing>
-void gate_by_unit(const Product& p, int index, int count, Add add = {}) {
-    const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k, begin = panels * index / count, end = panels * (index + 1) / count;
+void gate_by_unit(const Product& p, Pieces pieces, Add add = {}) {
+    const int64_t width = p.n / 2, panels = width / WIDTH, size = WIDTH * p.k, begin = pieces.begin, end = pieces.end;
     const RowBlocks blocks(p.rows);
     const Tiles tiles = blocks.tiles();
     Fetch next[2] = {{nullptr, 0, 1}, {nullptr, 0, 1}};

@@ -10,6 +10,7 @@ Only for inference on a CPU, float32 and bfloat16; whether a model is packed nev
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import sys
 from collections.abc import Iterator, Sequence
@@ -241,8 +242,26 @@ def give_back(weight: Tensor) -> None:
     first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages inside the weight: nobody else's
     length = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if length > 0:
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
+        _forget(first, length)
+
+
+def give_back_files() -> None:
+    """Give the pages of all mapped checkpoints back: what is still read comes again from the file.
+
+    For a model whose weights are not the file's own: those that they were made from would stay resident with the mapping.
+    """
+    for mapping in mapped_files():
+        if mapping.file.endswith(".safetensors"):
+            _forget(mapping.first, mapping.end - mapping.first)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _forget(first: int, length: int) -> None:
+    _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 def _is_stock(module: nn.Linear) -> bool:
