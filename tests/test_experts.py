@@ -267,10 +267,11 @@ def test_adapters_beside_packed_experts(make_model, make_adapter) -> None:
     assert F.cosine_similarity(logits[0][0], logits[0][1], dim=0) < 0.9
 
 
-def test_where_nothing_is_packed(make_model) -> None:
-    """Reference, int8, float32."""
+def test_where_they_are_packed(make_model) -> None:
+    """In bfloat16, beside int8 linears too; not in float32 and not in the reference."""
     path = make_model("qwen3_moe", moe_intermediate_size=32)
     small = EngineConfig(num_blocks=160, block_size=4)
-    quantized = EngineConfig(num_blocks=160, block_size=4, quantization="int8")
-    for config, dtype, plain in ((small, torch.bfloat16, True), (quantized, torch.bfloat16, False), (small, torch.float32, False)):
-        assert Runner(path, config, dtype, CPU, plain=plain).packed_experts == 0
+    int8 = EngineConfig(num_blocks=160, block_size=4, quantization="int8")
+    cases = ((small, torch.bfloat16, False, 3), (int8, torch.bfloat16, False, 3), (small, torch.float32, False, 0))
+    for config, dtype, plain, count in (*cases, (small, torch.bfloat16, True, 0), (int8, torch.float32, False, 0)):
+        assert Runner(path, config, dtype, CPU, plain=plain).packed_experts == count

@@ -68,7 +68,6 @@ class Runner:
         self.config, self.dtype, self.device = config, dtype, device
         _check_quantization(config.quantization, device, loaded=model is not None)
         self.model = model or load_model(model_dir, dtype, device, NAME)
-        self.packed_experts = 0  # blocks
         packs = not plain and model is None and config.quantization is None and can_pack(dtype, device)
         ready = None if ahead is None else ahead.take
         if ready is not None and packs:
@@ -82,7 +81,8 @@ class Runner:
             pack = choose_pack(self.bridge.library, dtype, ready)
             pack_linears(self.model, self.bridge.shared_inputs, pack)
             pack_tied_head(self.model, pack)
-            self.packed_experts = pack_experts(self.model, self.bridge.library)
+        # int8 is for linears: experts keep their dtype beside it
+        self.packed_experts = pack_experts(self.model, self.bridge.library) if packs or config.quantization else 0  # blocks
         self.fused_layers = 0
         self.kernels: Kernels | None = None
         steps = None if self.bridge.library is None else load_library("steps")
