@@ -148,6 +148,7 @@ class Runner:
             blocks = config.kv_cache_memory // block_bytes
         else:
             if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what loading, or a training around us, left with torch is free, but would count as taken
                 free, total = torch.cuda.mem_get_info(self.device)
                 budget = max(0, int(total * config.gpu_memory_utilization) - (total - free))
             else:
