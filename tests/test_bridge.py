@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,16 @@ def test_chunked_attention_is_refused() -> None:
     config = transformers.Llama4TextConfig(**settings)
     config._attn_implementation = NAME
     refused(transformers.Llama4ForCausalLM(config).eval(), "neither causal nor a sliding window")
+
+
+def test_a_probe_keeps_no_model(make_model) -> None:
+    """transformers' tables of attention and mask functions are the process's."""
+    model = load(make_model("llama"))
+    Bridge(model, CPU)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 # ---- rope that depends on the batch ----
