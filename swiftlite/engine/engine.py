@@ -96,6 +96,8 @@ class Engine:
         atexit.register(shut_down, weakref.ref(self._loop))
         for name, path in (adapters or {}).items():
             self.add_adapter(name, path)
+        if adapters:
+            in_own_thread(self.runner.warm_up_adapters)
 
     # -- requests
 

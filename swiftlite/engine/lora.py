@@ -229,6 +229,11 @@ class LoraManager:
             self._free_unheld(version)
             self._freed.notify_all()
 
+    def resident(self) -> list[AdapterVersion]:
+        """Those whose weights are on the device."""
+        with self._lock:
+            return [version for version in self._versions if version.weights is not None]
+
     def names(self) -> list[str]:
         with self._lock:
             return list(self._names)
