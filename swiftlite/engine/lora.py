@@ -365,6 +365,10 @@ class LoraManager:
         self.store.tables_in_use = True
         return self._tables
 
+    def use_torch(self) -> None:
+        """Take `use_kernels` back: before the first adapter only, as some that torch serves would have been refused."""
+        self._tables, self.store.tables_in_use = None, False
+
     def set_batch(
         self, segments: list[tuple[AdapterVersion | None, int]], kept: DeviceJob | None = None, logits_rows: Tensor | None = None
     ) -> None:

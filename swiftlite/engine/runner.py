@@ -100,11 +100,23 @@ class Runner:
         self._pages: Callable[..., DevicePages] | None = None
         self._decode: DecodeGraphs | None = None
         if device.type == "cuda" and not plain:
-            if find_spec("triton") is None:  # it comes with torch's CUDA builds for Linux
-                print("attention: plain torch (Triton is not installed, so there are no kernels: pip install triton)")
-            else:
-                self.use_kernels(capture=not config.enforce_eager)
-                self._warm_up()
+            self._start_kernels()
+
+    def _start_kernels(self) -> None:
+        """Triton's kernels where they work: they need a C compiler and CUDA's driver library too. Torch's attention otherwise."""
+        if find_spec("triton") is None:  # it comes with torch's CUDA builds for Linux
+            print("attention: plain torch (Triton is not installed, so there are no kernels: pip install triton)")
+            return
+        try:
+            self.use_kernels(capture=not self.config.enforce_eager)
+            self._warm_up()
+        except (torch.AcceleratorError, torch.OutOfMemoryError):  # no other way would do better
+            raise
+        except Exception as error:
+            self._pages = self._decode = None
+            self.lora.use_torch()
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            print(f"attention: plain torch, which is slower (Triton's kernels do not work here: {reason})")
 
     def _adapter_memory(self) -> int:
         """Bytes for adapters: as told, else a share of what model and cache left free."""
