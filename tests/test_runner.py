@@ -172,7 +172,7 @@ def test_idle_memory_of_torch_is_free(make_model, monkeypatch) -> None:
     runner.config, runner.device = EngineConfig(), torch.device("cuda")
     idle = [6 << 30]
     monkeypatch.setattr(torch.cuda, "empty_cache", idle.clear)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((2 << 30) + (0 if idle else 6 << 30), 8 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 << 29) + (0 if idle else 6 << 30), 8 << 30))
     assert runner._size_cache() > 2
 
 
