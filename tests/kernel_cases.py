@@ -8,8 +8,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -216,7 +220,7 @@ def test_tables_grow_and_give_rows_back(monkeypatch: pytest.MonkeyPatch) -> None
     assert tables.plan([(None, 0, 4)]) == []
     stacks = make_stacks(FP32, DEVICE)
     [job] = tables.plan([(stacks[0], 0, 1)])
-    assert not job.adapts(1) and tables.columns == 32
+    assert not job.adapts(1) and tables.columns == 128
     before = tables.epoch
     tables.plan([(stacks[0], 3, 1)])
     assert tables.epoch == before  # nothing new
@@ -365,6 +369,79 @@ def test_steps_that_overlap_give_the_same_answers(make_model, make_adapter) -> N
     wanted = results[0]
     wanted[0] = wanted[0][: wanted[0].index(wanted[0][2]) + 1]
     assert results[1] == wanted
+
+
+class FakeCuda:
+    """Stands in for what captures: remembers streams and modes; a graph's replay is its forward once more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.streams: list[object] = []  # of each capture
+        self.waiting: list[int] = []  # whether a forward may wait for the device
+        self.mode, self.fails = 0, False
+        self.graph: Any = None
+        forward = DecodeGraphs._forward
+
+        def forwards(graphs: DecodeGraphs, size: int) -> None:
+            self.waiting.append(self.mode)
+            if self.fails:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            if self.graph is not None:
+                self.graph.replay = lambda: forward(graphs, size)
+            forward(graphs, size)
+
+        @contextmanager
+        def graph(made: Any, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+            self.streams.append(stream)
+            self.graph = made
+            yield
+            self.graph = None
+
+        monkeypatch.setattr(DecodeGraphs, "_forward", forwards)
+        names = ("Stream", "CUDAGraph", "current_stream", "stream", "set_stream")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", 2 if mode == "error" else mode))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="with stand-ins for what captures")
+def test_graphs_are_captured_before_requests(make_model, make_adapter, monkeypatch) -> None:
+    """All in one stream, so that they share memory; with adapters too, whose ranks and targets may differ from the first one's."""
+    fake = FakeCuda(monkeypatch)
+    base = make_model("qwen2", num_hidden_layers=1)
+    runners = make_runners(base)
+    kernels = runners[1]
+    kernels.use_kernels(capture=True)
+    kernels._warm_up()
+    graphs = kernels._decode
+    assert graphs is not None and graphs.capture
+    assert fake.waiting == [2, *[0] * 7] and fake.mode == 0  # the very first forward alone, and it was set back
+    kernels.warm_up_adapters()
+    assert len(fake.streams) == 4, "there are no adapters"
+    for name, rank in (("a", 16), ("b", 32)):
+        path = make_adapter(base, rank, rank=rank)
+        for runner in runners:
+            runner.lora.add(name, path)
+        if name == "a":
+            kernels.warm_up_adapters()
+    assert len(fake.streams) == 8 and len({id(stream) for stream in fake.streams}) == 1
+    epoch = graphs.tables.epoch
+    decode_both(runners, prompts_for(runners[0].vocab_size, [9, 3, 6]), ["a", None, "b"], steps=6)
+    assert len(fake.streams) == 8 and graphs.tables.epoch == epoch
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="with stand-ins for what captures")
+def test_what_waits_for_the_device_is_not_captured(make_model, monkeypatch, capsys) -> None:
+    fake = FakeCuda(monkeypatch)
+    _, runner = make_runners(make_model("llama", num_hidden_layers=1))
+    runner.use_kernels(capture=True)
+    fake.fails = True
+    graphs = runner._decode
+    assert graphs is not None and graphs._record(6, False) is None
+    assert fake.streams == [] and fake.mode == 0 and not graphs.capture
+    assert "CUDA graphs: off" in capsys.readouterr().out
 
 
 def test_what_is_no_decode_step_is_not_taken(make_model) -> None:

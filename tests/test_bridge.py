@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,16 @@ def test_chunked_attention_is_refused() -> None:
     refused(transformers.Llama4ForCausalLM(config).eval(), "neither causal nor a sliding window")
 
 
+def test_a_probe_keeps_no_model(make_model) -> None:
+    """transformers' tables of attention and mask functions are the process's."""
+    model = load(make_model("llama"))
+    Bridge(model, CPU)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
 # ---- rope that depends on the batch ----
 
 
@@ -202,6 +214,36 @@ def test_dynamic_rope_caps_the_context(make_model) -> None:
     assert bridge.max_model_len == 512 and "dynamic" in bridge.notes[0]
     with pytest.raises(ModelError, match="512"):
         Bridge(model, CPU, 2048)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+
+
+def test_dynamic_rope_is_frozen(make_model) -> None:
+    path = make_model("llama", rope_parameters=DYNAMIC)
+    stock, ours = load(path).model.rotary_emb, load(path)
+    Bridge(ours, CPU)
+    x, positions = torch.zeros(1, dtype=torch.float32), torch.tensor([[0, 3, 511]])
+    for one, other in zip(stock(x, positions), ours.model.rotary_emb(x, positions), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "dynamic"])
+def test_a_forward_reads_nothing_back(family: str, make_model, monkeypatch) -> None:
+    """What looks at a number on the device waits for it, and cannot be captured: a tensor without numbers has none to show."""
+    model = load(make_model("llama", rope_parameters=DYNAMIC) if family == "dynamic" else make_model(family))
+    bridge = Bridge(model, CPU)
+    layers = iter(bridge.layers)
+
+    class Pages:
+        def attend(self, module, q, k, v, mask, settings):
+            return q.new_empty(q.shape[1], q.shape[0], next(layers).value_dim)
+
+    model.to("meta")
+    rows = torch.zeros(1, 5, dtype=torch.int64, device="meta")
+    with torch.inference_mode():
+        output = model(input_ids=rows, position_ids=rows, use_cache=False, logits_to_keep=rows[0, :2], swift_pages=Pages())
+    assert output.logits.shape[:2] == (1, 2) and next(layers, None) is None
 
 
 @pytest.mark.parametrize(("length", "long"), [(64, False), (200, True)])

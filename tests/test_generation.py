@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from swiftlite import cli
 from swiftlite.chat.conversation import Conversation
 from swiftlite.chat.template import Template
+from swiftlite.commands.answers import Answers
+from swiftlite.engine.engine import Engine
 from swiftlite.models.loading import load_model, load_tokenizer
 from swiftlite.train import generation
 from tests.test_sft import PAIRS, log, training
@@ -116,6 +120,37 @@ def test_scores_are_those_of_the_checkpoint(tuner, tmp_path, model, data, capsys
         assert cli.main(["sft", *flags, "--output_dir", str(tmp_path / "b")]) == 0
         other = next((tmp_path / "b").glob("*/v*"))
         assert [row["loss"] for row in training(other)] == [row["loss"] for row in training(run)]
+
+
+def test_answers_leave_nothing_and_may_fail(tmp_path, model, data, capsys, monkeypatch):
+    """An evaluation that runs out of memory is the loss alone, and the run goes on; no engine waits for the garbage collector."""
+    submit, call, engines, alive = Engine.submit, Answers.__call__, [], []
+
+    def submits(self, *arguments, **wishes):
+        parts = (self.runner.cache.keys[0], self.runner.model, self.runner)
+        if not engines or engines[-1][0]() is not parts[0]:
+            engines.append([weakref.ref(part) for part in parts])
+        if len(engines) == 2:  # the first was the trial before training
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return submit(self, *arguments, **wishes)
+
+    def called(self, *arguments):
+        gc.disable()
+        try:
+            return call(self, *arguments)
+        finally:
+            alive.append(any(part() is not None for part in engines[-1]))
+            gc.enable()
+
+    monkeypatch.setattr(Engine, "submit", submits)
+    monkeypatch.setattr(Answers, "__call__", called)
+    flags = ["--model", str(model), "--dataset", str(data), "--val_dataset", str(data), "--max_steps", "4", *QUIET, "--sample_answers", "0"]
+    flags += ["--predict_with_generate", "true", "--eval_steps", "2", "--save_steps", "2", "--max_new_tokens", "4"]
+    assert cli.main(["sft", *flags, "--output_dir", str(tmp_path)]) == 0
+    assert alive == [False] * 3
+    rows = [row for row in log(next(tmp_path.glob("*/v*"))) if "eval_loss" in row]
+    assert ["eval_rouge-l" in row for row in rows] == [False, True]
+    assert "the loss alone" in (printed := capsys.readouterr().out) and "2 GiB" in printed
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swiftlite.engine import lora_ops
+from swiftlite.adapters.directory import read
+from swiftlite.engine import lora_ops, lora_store, transfer
 from swiftlite.engine.lora import LoraManager
 from swiftlite.engine.lora_native import NativeLora
 from swiftlite.errors import AdapterError, RequestError
@@ -213,6 +214,24 @@ def test_vanished_directory_keeps_serving(make_model, make_adapter, tmp_path) ->
     expected = alone(base, path, TOKENS[0])
     shutil.rmtree(path)
     torch.testing.assert_close(mixed(manager, model, ["a", None, None, None])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"target_modules": ["q_proj", "down_proj"]}], ids=["all", "dora", "some"])
+def test_an_adapter_goes_to_a_gpu_in_one_copy(make_model, make_adapter, monkeypatch, kind: dict) -> None:
+    """The same bytes as part by part, each of which would wait for the steps that run."""
+    base = make_model("llama")
+    model, path = load(base).to(torch.bfloat16), make_adapter(base, 1, **kind)
+    copies: list[torch.Tensor] = []
+    monkeypatch.setattr(lora_store, "put", lambda values, target: (copies.append(target), transfer.put(values, target)))
+    rows = []
+    for whole in (False, True):
+        store = LoraManager(model).store
+        store.whole = whole
+        weights = store.store(read(path, LoraManager(model).layers.shapes, max_rank=64))
+        rows.append(weights.stack.rows[weights.slot])
+        assert len(copies) == whole
+    assert torch.equal(rows[0], rows[1]) and rows[0].count_nonzero() > 1000
+    assert copies[0].data_ptr() == rows[1].data_ptr()
 
 
 def test_many_adapters_come_and_go_without_leaving_memory(make_model, make_adapter) -> None:

@@ -139,6 +139,43 @@ def test_more_families_than_promised(make_model, tmp_path: Path) -> None:
             assert (layer.head_dim, layer.value_dim) == (12, 6)
 
 
+def test_a_triton_that_does_not_work_is_not_used(make_model, make_adapter, monkeypatch, capsys) -> None:
+    """Without a compiler for its launchers, say; but an error of the device itself is not hidden."""
+    pytest.importorskip("triton")
+    path = make_model("llama", num_hidden_layers=1)
+    runner = make_runner(path, enforce_eager=True)
+    prompts = prompts_for(runner.vocab_size, [9, 3])
+    wanted = generate(runner, prompts, [64, 64], new=4)
+
+    def fails(error: Exception):
+        def warm_up(runner: Runner) -> None:
+            assert runner._decode is not None and runner._pages is not None and runner.lora.store.tables_in_use
+            raise error
+
+        return warm_up
+
+    monkeypatch.setattr(Runner, "_warm_up", fails(RuntimeError("Failed to find C compiler.\nPlease")))
+    runner._start_kernels()
+    assert "plain torch" in (printed := capsys.readouterr().out) and "C compiler.)" in printed
+    runner.warm_up_adapters()
+    assert generate(runner, prompts, [64, 64], new=4) == wanted
+    version = runner.lora.add("a", make_adapter(path, use_dora=True))  # which the kernels do not serve
+    assert version.weights is not None
+    monkeypatch.setattr(Runner, "_warm_up", fails(torch.AcceleratorError("CUDA error: an illegal memory access was encountered")))
+    with pytest.raises(torch.AcceleratorError):
+        runner._start_kernels()
+
+
+def test_idle_memory_of_torch_is_free(make_model, monkeypatch) -> None:
+    """Training around us has most of a GPU in its allocator; what of it is idle goes back before free memory is asked for."""
+    runner = make_runner(make_model("llama"))
+    runner.config, runner.device = EngineConfig(), torch.device("cuda")
+    idle = [6 << 30]
+    monkeypatch.setattr(torch.cuda, "empty_cache", idle.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 << 29) + (0 if idle else 6 << 30), 8 << 30))
+    assert runner._size_cache() > 2
+
+
 def test_copied_blocks_carry_the_cache(make_model) -> None:
     path = make_model("llama")
     runner = make_runner(path)

@@ -16,6 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from swiftlite.engine import sampler
+from swiftlite.engine.draw import draw_cut_at_once
 from swiftlite.engine.request import SamplingParams
 from swiftlite.engine.sampler import Sampler, SamplingState, TokenTable, token_logprobs
 
@@ -254,6 +256,29 @@ def test_drawing_looks_at_no_number():
         assert drawn.tokens.shape == (len(group),) and drawn.tokens.dtype == torch.int64
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         Sampler().draw(torch.empty(2, V, device="meta"), [state(top_k=3), state(top_p=0.5)])
+
+
+def test_many_rows_are_drawn_in_parts(monkeypatch):
+    """On a GPU too, whose memory is the cache's: the same tokens, and never more in float32 at once than was said."""
+    sizes: list[int] = []
+
+    def cut(scores, limits, uniform, most):
+        sizes.append(scores.numel())
+        return draw_cut_at_once(scores, limits, uniform, most)
+
+    monkeypatch.setattr(sampler, "draw_cut_at_once", cut)
+    logits = torch.randn(9, 500, generator=torch.Generator().manual_seed(0)) * 3
+    found = []
+    for chunk in (500 * 2, 2**24):
+        monkeypatch.setattr(sampler, "CHUNK", chunk)
+        sizes.clear()
+        found.append(Sampler(wait=False).sample(logits.clone(), [state(seed=i, top_p=0.9) for i in range(9)])[0])
+        assert max(sizes) <= chunk and len(sizes) == (5 if chunk == 1000 else 1)
+    assert found[0] == found[1]
+    logits, states = torch.empty(300, 150_000, dtype=torch.bfloat16, device="meta"), [state(seed=i, top_p=0.9) for i in range(300)]
+    sizes.clear()
+    Sampler(wait=False)._draw(torch.empty(300, device="meta").long(), logits, logits[:, 0], states, Sampler._make_plan(states, logits))
+    assert sum(sizes) == logits.numel() and max(sizes) <= 2**24
 
 
 def test_what_is_drawn_can_be_read_later():

@@ -25,9 +25,10 @@ from swiftlite.engine.kv import AttentionLayer, KVCache
 from swiftlite.engine.lora_ops import GroupShape, Stack
 
 CPU = torch.device("cpu")
-LAYERS = {  # the attention of an 8B Llama, and a large head dim with everything that a layer may have
+LAYERS = {  # the attention of an 8B Llama, and large head dims, one with everything that a layer may have
     "gqa": AttentionLayer(0, "layer", 32, 8, 128, 128, 128**-0.5),
     "window": AttentionLayer(0, "layer", 16, 8, 256, 256, 256**-0.5, 4096, 50.0),
+    "wide": AttentionLayer(0, "layer", 8, 4, 512, 512, 512**-0.5),
 }
 
 

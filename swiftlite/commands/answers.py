@@ -12,6 +12,7 @@ Here, not in `train`, because training and serving never import each other.
 from __future__ import annotations
 
 import copy
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -82,8 +83,24 @@ class Answers:
     ) -> list[str] | None:
         """Greedy answers in order; None when `stopped` said so. `trained` False for a prompt: the base answers it (adapters only).
 
-        ModelError or AdapterError for what the engine cannot run.
+        SwiftError for what the engine cannot run, or has no memory for. Nothing of the engine is left in memory, whatever happens.
         """
+        import torch
+
+        try:
+            return self._ask(prompts, stopped, trained)
+        except SwiftError as error:
+            failed = type(error)(error.what, error.why, error.fix)  # another one: the first holds the frames that hold the engine
+        except torch.OutOfMemoryError as error:
+            fix = "leave out --predict_with_generate, or free memory"
+            failed = ModelError("there is no memory to answer evaluation rows", str(error).splitlines()[0], fix)
+        finally:
+            gc.collect()  # the engine's parts know one another, so its cache would wait for some later collection
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise failed
+
+    def _ask(self, prompts: Sequence[list[int]], stopped: Callable[[], bool], trained: Sequence[bool] | None) -> list[str] | None:
         from swiftlite.engine.config import EngineConfig
         from swiftlite.engine.engine import Engine
         from swiftlite.engine.request import SamplingParams

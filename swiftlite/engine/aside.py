@@ -17,23 +17,26 @@ from typing import TypeVar
 
 import torch
 
+from swiftlite.models.device import use_device
+
 T = TypeVar("T")
 NICE = 10
 
 
-def in_own_thread(function: Callable[[], T]) -> T:
+def in_own_thread(function: Callable[[], T], device: torch.device) -> T:
     """What the function returns or raises, on all cores."""
-    with ThreadPoolExecutor(1, "swiftlite-load") as pool:
+    with ThreadPoolExecutor(1, "swiftlite-load", use_device, (device,)) as pool:
         return pool.submit(function).result()
 
 
-def aside(function: Callable[[], T], library: ctypes.CDLL | None) -> T:
+def aside(function: Callable[[], T], library: ctypes.CDLL | None, device: torch.device) -> T:
     """What the function returns or raises. Without `library` (kernels/build.py) torch's operations take all cores as everywhere."""
-    with ThreadPoolExecutor(1, "swiftlite-aside", _one_core, (library,)) as pool:
+    with ThreadPoolExecutor(1, "swiftlite-aside", _begin_aside, (library, device)) as pool:
         return pool.submit(function).result()
 
 
-def _one_core(library: ctypes.CDLL | None) -> None:
+def _begin_aside(library: ctypes.CDLL | None, device: torch.device) -> None:
+    use_device(device)
     torch.get_num_threads()  # torch sets OpenMP's number at a thread's first look; not after ours
     if library is not None:
         library.swift_one_thread()

@@ -266,6 +266,7 @@ class Bridge:
         finally:
             inputs.close()
             model.set_attn_implementation(NAME)
+            AttentionMaskInterface.register(PROBE_NAME, _no_mask)  # the table is global: the recorder would keep the model for ever
         self._verdict(kind, recorder, logits)
         self.layers = recorder.layers
         self.layer_of = dict(zip(recorder.modules, recorder.layers, strict=True))
@@ -300,6 +301,10 @@ class Bridge:
                 swift_pages=Pages(self, cache, batch, native),
             )
             return output.logits[0]
+
+
+def _no_mask(mask_function: MaskFunction, **kwargs: Any) -> Tensor:
+    raise AssertionError("no probe runs")
 
 
 def _refuse_state(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -65,7 +66,7 @@ class Engine:
 
         Raises ModelError, or AdapterError for one of `adapters` (name -> PEFT directory).
         """
-        from swiftlite.models.device import choose_device, choose_dtype
+        from swiftlite.models.device import choose_device, choose_dtype, use_device
         from swiftlite.models.loading import load_config, load_tokenizer
 
         self.config, self.model_dir = config, Path(model_dir)
@@ -74,7 +75,7 @@ class Engine:
         self.tokenizer = tokenizer or load_tokenizer(model_dir)
         self.device = choose_device(device) if isinstance(device, str) else device
         own_dtype = None if self.model_config.dtype is None else str(self.model_config.dtype).removeprefix("torch.")
-        self.dtype = in_own_thread(lambda: choose_dtype(dtype, self.device, own_dtype))
+        self.dtype = in_own_thread(lambda: choose_dtype(dtype, self.device, own_dtype), self.device)
         if config.max_num_batched_tokens is None:
             # The shorter a step, the shorter the gap that an arriving prompt leaves in the running streams, but each step reads all
             # weights: 512 tokens at a time are up to 10 % slower than 2048 on a CPU (by its memory), and far slower on a GPU.
@@ -84,18 +85,20 @@ class Engine:
             )
         if config.overlap is None:  # a CPU that runs the next step has no time to read the last one's tokens
             self.config = config = dataclasses.replace(config, overlap=self.device.type == "cuda")
-        self.runner = in_own_thread(lambda: Runner(model_dir, config, self.dtype, self.device, model=model, ahead=ahead))
+        self.runner = in_own_thread(lambda: Runner(model_dir, config, self.dtype, self.device, model=model, ahead=ahead), self.device)
         self.vocab_size = self.runner.vocab_size
         self.max_model_len = min(self.runner.max_model_len, self.runner.num_blocks * config.block_size)
         named = (self.generation_config.get("eos_token_id"), self.model_config.get_text_config().eos_token_id, self.tokenizer.eos_token_id)
         self.eos_ids = frozenset(itertools.chain.from_iterable(ids if isinstance(ids, list) else [ids] for ids in named)) - {None}
         self._decoder = Decoder(self.tokenizer)
         self._order = itertools.count()
-        self._loop = StepLoop(self.runner, config, self.runner.lora)
+        self._loop = StepLoop(self.runner, config, self.runner.lora, functools.partial(use_device, self.device))
         self.runner.lora.on_gone = self._loop.adapter_gone
         atexit.register(shut_down, weakref.ref(self._loop))
         for name, path in (adapters or {}).items():
             self.add_adapter(name, path)
+        if adapters:
+            in_own_thread(self.runner.warm_up_adapters, self.device)
 
     # -- requests
 

@@ -3,16 +3,20 @@
 A step with one new token for every sequence is padded to the next size that there is a graph for. Its inputs are written into
 pinned memory, copied in two transfers into tensors that never move, and the size's graph is replayed. Tokens that the last step
 left on the device are put among the ids there. Padded rows store nothing (slot -1), attend to nothing (context -1) and their logits
-are dropped. Batches with adapters have graphs of their own, whose adapter rows come from a table too; those are captured at first
-use, and again when the adapter tables change their shape.
+are dropped. Batches with adapters have graphs of their own, whose adapter rows come from a table too; those are captured once the
+adapters of the start are loaded, else at first use, and again when the adapter tables change their shape.
 
 Invariants: nothing between the copies and the logits waits for the GPU; the buffers are only written when their last transfer is
-done; all graphs share one memory pool and one output, so a step's logits are valid until the next step.
+done; all graphs share one memory pool, one stream of capture (memory is shared within a stream, and the libraries' workspaces are a
+stream's) and one output, so a step's logits are valid until the next step.
 Without capture the same padded forward runs as it is: that is what tests on a CPU compare. It does not sample or schedule.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +41,17 @@ def graph_sizes(most: int) -> list[int]:
     steps = ((1, 2, 4), range(8, 32, 8), range(32, 64, 16), range(64, 128, 32), range(128, LARGEST + 1, 64))
     most = min(most, LARGEST)
     return [size for part in steps for size in part if size < most] + [most]
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """RuntimeError where torch would wait for the device, in any thread of the process: before requests run only."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class DecodeGraphs:
         self._jobs: dict[int, DeviceJob] = {}
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
+        self._stream = torch.cuda.Stream(device) if capture else None  # memory of a pool is only shared within a stream
 
     def _batch(self, size: int) -> ForwardBatch:
         ids, positions, slots, index = (row[:size] for row in self._long)
@@ -85,9 +101,7 @@ class DecodeGraphs:
         size = next(size for size in self.sizes if size >= count)
         segments = self._fill(scheduled, size, drawn)
         adapted = any(version is not None for version, _ in segments)
-        if adapted and size not in self._jobs:
-            self._jobs[size] = self.tables.static_job(size)
-        self.lora.set_batch(segments, self._jobs[size] if adapted else None)
+        self.lora.set_batch(segments, self._job(size) if adapted else None)
         graph = self._graphs.get((size, adapted))
         if self.capture and (graph is None or (adapted and graph.epoch != self.tables.epoch)):
             graph = self._record(size, adapted)
@@ -131,7 +145,7 @@ class DecodeGraphs:
         self._short[:used].copy_(self._host_short[:used], non_blocking=True)
         self._block_tables[:count, :width] = self._short[most:used].view(count, width)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.cache.device))
         if late:
             assert drawn is not None, "a token is on the device, but not given"
             put_tokens(self._long[0], late, drawn)
@@ -140,35 +154,54 @@ class DecodeGraphs:
         ]
         return [*segments, (None, size - count)] if size > count else segments
 
+    def _job(self, size: int) -> DeviceJob:
+        if size not in self._jobs:
+            self._jobs[size] = self.tables.static_job(size)
+        return self._jobs[size]
+
     def _forward(self, size: int) -> None:
         self._logits[:size].copy_(self.bridge.forward(self._batches[size], self.cache))
 
     # -- capture: the only part that no CPU can run ------------------------------------------------------------------
 
-    def capture_all(self) -> None:
-        """Capture the graphs of batches without adapters, the largest first, so that the others fit into its memory."""
+    def capture_all(self, adapters: Sequence[AdapterVersion] = ()) -> None:
+        """Capture the graphs of batches without adapters, or those of batches with these and their like: not during a step.
+
+        The largest first, so that the others fit into its memory. Without capture one step compiles the kernels.
+        """
+        started = time.monotonic()
+        for version in adapters:
+            assert version.weights is not None
+            self.tables.row_of(version.weights.stack)  # what they adapt, and how wide they are
         self._host_long[2].fill_(-1)
         self._host_short.fill_(-1)  # only padding: nothing is stored, no key is read
         self._long.copy_(self._host_long)
         self._long[3] = torch.arange(self.sizes[-1], device=self._long.device)
         self._short.copy_(self._host_short)
-        self.lora.set_batch([])
+        adapted, done = bool(adapters), 0
         for size in reversed(self.sizes):
-            if self.capture:
-                self._record(size, False)
+            self.lora.set_batch([(None, size)], self._job(size) if adapted else None)
+            if not self.capture:
+                self._forward(size)
+                break
+            done += self._record(size, adapted) is not None
+        if self.capture:
+            kind = "decode sizes with adapters" if adapted else "decode sizes"
+            print(f"CUDA graphs: {done} {kind} captured in {time.monotonic() - started:.1f} s")
 
     def _record(self, size: int, adapted: bool) -> _Graph | None:
         """Capture one size with what the buffers hold now. A model that cannot be captured runs eagerly from here on: None.
 
-        The run before compiles kernels and fills the libraries' workspaces; it stores the same K and V that the replay stores.
+        The run before compiles kernels and fills the libraries' workspaces; it stores the same K and V that the replay stores. The first
+        one may not wait for the device: what does cannot be captured, and a capture that fails leaves torch's allocators in its state.
         """
-        device = self.cache.device
-        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream, current = self._stream, torch.cuda.current_stream(self.cache.device)
+        assert stream is not None
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.inference_mode():
                 stream.wait_stream(current)
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream), nullcontext() if self._graphs else _no_waiting():
                     self._forward(size)
                 current.wait_stream(stream)
                 # thread_local: other threads may load adapters meanwhile

@@ -49,8 +49,9 @@ class Adapters(Protocol):
 class StepLoop:
     """Runs requests on a model in one thread, which starts with the first request."""
 
-    def __init__(self, model: Model, config: EngineConfig, adapters: Adapters) -> None:
-        self._adapters = adapters
+    def __init__(self, model: Model, config: EngineConfig, adapters: Adapters, begin: Callable[[], None]) -> None:
+        """`begin` is called first in the loop's thread."""
+        self._adapters, self._begin = adapters, begin
         self.counters: dict[str, float] = dict.fromkeys(
             ("steps", "failed_steps", "requests", "finished_requests", "failed_requests", "prompt_tokens", "cached_tokens",
              "generated_tokens", "preemptions", "draft_tokens", "accepted_tokens", "allocated_slots", "empty_slots"), 0,
@@ -168,6 +169,7 @@ class StepLoop:
     # -- the loop's thread
 
     def _run(self) -> None:
+        self._begin()
         with torch.inference_mode():
             while True:
                 with self._lock:

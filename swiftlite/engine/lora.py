@@ -40,6 +40,7 @@ from swiftlite.engine.lora_store import Weights, WeightStore
 from swiftlite.engine.lora_taps import Layers
 from swiftlite.errors import AdapterError, RequestError, SwiftError
 from swiftlite.kernels.steps import DTYPES
+from swiftlite.models.device import use_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +89,7 @@ class LoraManager:
         Nothing changes when it fails.
         """
         with self._arrival(name, path):
-            return aside(functools.partial(self._add, name, path), self._library)
+            return aside(functools.partial(self._add, name, path), self._library, self.store.device)
 
     def _add(self, name: str, path: str | Path) -> AdapterVersion:
         adapter = self._read(path)
@@ -229,6 +230,11 @@ class LoraManager:
             self._free_unheld(version)
             self._freed.notify_all()
 
+    def resident(self) -> list[AdapterVersion]:
+        """Those whose weights are on the device."""
+        with self._lock:
+            return [version for version in self._versions if version.weights is not None]
+
     def names(self) -> list[str]:
         with self._lock:
             return list(self._names)
@@ -269,6 +275,7 @@ class LoraManager:
 
     def _serve_wanted(self) -> None:
         """The loader's thread: bring the wanted versions in, in order, until none is wanted."""
+        use_device(self.store.device)
         while True:
             with self._lock:
                 if not self._wanted:
@@ -315,7 +322,7 @@ class LoraManager:
             with self._lock:
                 kept = self._host.get(version.digest)
             with self._loading:
-                adapter, weights = aside(functools.partial(self._read_and_store, version.path, kept), self._library)
+                adapter, weights = aside(functools.partial(self._read_and_store, version.path, kept), self._library, self.store.device)
         except BaseException:
             self._unreserve(size)
             raise
@@ -357,6 +364,10 @@ class LoraManager:
         self._tables = AdapterTables([(group.width, tuple(group.outs)) for group in self.layers.groups], self.store.device)
         self.store.tables_in_use = True
         return self._tables
+
+    def use_torch(self) -> None:
+        """Take `use_kernels` back: before the first adapter only, as some that torch serves would have been refused."""
+        self._tables, self.store.tables_in_use = None, False
 
     def set_batch(
         self, segments: list[tuple[AdapterVersion | None, int]], kept: DeviceJob | None = None, logits_rows: Tensor | None = None

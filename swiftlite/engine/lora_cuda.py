@@ -21,6 +21,7 @@ from swiftlite.engine.transfer import to_device
 
 ROWS_FEW, ROWS_MANY = 16, 64  # rows of a task: decode, prefill
 FIRST_CAPACITY = 64  # stacks; doubled when full
+FIRST_COLUMNS = 128  # rank 32 in q, k and v together; doubled for wider adapters, as each change has all captured steps captured again
 
 
 class AdapterTables:
@@ -30,7 +31,7 @@ class AdapterTables:
         self.groups, self.device = groups, device
         self.parts = max(len(outs) for _, outs in groups)
         self.epoch = 0
-        self.columns = 16  # of h: the largest rank of any group, rounded up
+        self.columns = FIRST_COLUMNS  # of h: at least the largest rank of any group
         self.adapted = [[False] * len(outs) for _, outs in groups]  # by any adapter so far
         self.aligned = [width % 16 == 0 and all(out % 16 == 0 for out in outs) for width, outs in groups]
         self._rows: weakref.WeakKeyDictionary[Stack, int] = weakref.WeakKeyDictionary()
@@ -94,9 +95,10 @@ class AdapterTables:
                 self.adapted[index][part] = True
             if self.aligned[index] and (stride * itemsize % 16 or any(int(at) % 16 for at in (a[index], *b[index]))):
                 self.aligned[index], changed = False, True
-        columns = -(-max(int(total.max()), 1) // 16) * 16
-        if changed or columns > self.columns:
-            self.columns = max(columns, self.columns)
+        widest = int(total.max())
+        if changed or widest > self.columns:
+            while widest > self.columns:
+                self.columns *= 2
             self.epoch += 1
         tables = self.tables
         pairs = ((tables.a, a), (tables.b, b), (tables.total, total), (tables.rank, rank), (tables.start, start))

@@ -19,8 +19,11 @@ from swiftlite.engine.lora_extras import Extras, TokenTable, Unpacker, bias_of, 
 from swiftlite.engine.lora_native import NativeLora
 from swiftlite.engine.lora_ops import GroupShape, Stack
 from swiftlite.engine.lora_taps import MERGE, Layers
+from swiftlite.engine.transfer import put
 from swiftlite.errors import AdapterError
 from swiftlite.kernels.steps import DTYPES
+
+CPU = torch.device("cpu")
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class WeightStore:
         self.layers, self.native = layers, native
         self.device, self.dtype = layers.model.device, layers.model.dtype
         self.tables_in_use = False
+        self.whole = self.device.type == "cuda"  # an adapter goes to the device in one copy
         self.stacks: dict[tuple[GroupShape, ...], list[Stack]] = {}
         self._lock = threading.Lock()
 
@@ -147,10 +151,13 @@ class WeightStore:
         rest = [t for w in adapter.modules.values() for t in (w.magnitude, w.bias) if t is not None]
         if self.native is None or any(t.dtype not in DTYPES for _, w in placed for t in (w.a, w.b)):
             check_finite(adapter)
+            filled, at = (Stack(stack.groups, self.dtype, CPU, slots=1), 0) if self.whole else (stack, slot)
             for place, w in placed:
-                b = w.b.to(self.device).float() * w.scale
+                b = w.b.float() * w.scale
                 gain = weights.extras.gains.get(place)
-                stack.write(slot, *place, w.a, b if gain is None else b * gain[:, None])
+                filled.write(at, *place, w.a, b if gain is None else b * gain.to(b.device)[:, None])
+            if filled is not stack:  # in the steps' stream, so behind those that ran with what was there before
+                put(filled.rows[0], stack.rows[slot])
             return
         moves: list[tuple[Tensor, Tensor, float, Tensor | None]] = []
         turned: list[bool] = []

@@ -1,6 +1,7 @@
 """Rotary embeddings that depend on the longest sequence of a batch, made independent of it.
 
-`dynamic` rope rescales once a sequence outgrows the trained length: the context is capped there. `longrope` has a short and a
+`dynamic` rope rescales once a sequence outgrows the trained length: the context is capped there, and the trained frequencies are
+frozen, as transformers would look at the device for the longest position in every forward. `longrope` has a short and a
 long set of frequencies chosen by the batch's longest position, so one long request would change the others' text and the cached
 keys would disagree: one set is chosen at load, from max_model_len, and frozen.
 """
@@ -17,7 +18,7 @@ from swiftlite.errors import ModelError
 
 
 def freeze_rope(model: PreTrainedModel, wanted: int | None) -> tuple[int, list[str]]:
-    """The context length in tokens (`wanted`, or all that the model allows) and notes for the user; freezes longrope in place.
+    """The context length in tokens (`wanted`, or all that the model allows) and notes for the user; freezes what changes, in place.
 
     ModelError when `wanted` is more than the model's positions.
     """
@@ -34,12 +35,15 @@ def freeze_rope(model: PreTrainedModel, wanted: int | None) -> tuple[int, list[s
     if wanted is not None and wanted > limit:
         raise ModelError(f"max_model_len {wanted} is more than the model's {limit} positions.", fix=f"use at most {limit}")
     length = limit if wanted is None else wanted
+    modules = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     for layer_type, parameters in kinds.items():
+        if "dynamic" in parameters["rope_type"]:
+            for module in modules:
+                _freeze(module, layer_type)
         if parameters["rope_type"] == "longrope":
             original = parameters["original_max_position_embeddings"]
-            for module in model.modules():
-                if type(module).__name__.endswith("RotaryEmbedding"):
-                    _freeze_longrope(module, layer_type, length > original, original)
+            for module in modules:
+                _freeze_longrope(module, layer_type, length > original, original)
             notes.append(
                 f"longrope: {'long' if length > original else 'short'} factors for all (max_model_len {length}, trained {original})"
             )
@@ -66,6 +70,10 @@ def _freeze_longrope(module: Any, layer_type: str | None, use_long: bool, origin
         frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, buffer.device, seq_len=original + 1, layer_type=layer_type)
         with torch.no_grad():
             buffer.copy_(frequencies)
+    _freeze(module, layer_type)
+
+
+def _freeze(module: Any, layer_type: str | None) -> None:
     # the update in transformers' forward keys on this name; the frequencies are fixed from here on
     if layer_type is None:
         module.rope_type = "frozen"

@@ -6,7 +6,8 @@ This module does not know why something was scheduled and does not sample.
 
 from __future__ import annotations
 
-import time
+import itertools
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from swiftlite.engine.graphs import DecodeGraphs
     from swiftlite.engine.scheduler import Scheduled
 
+WARM_ROWS = 64  # of a prefill that stands for all of them
 CPU_SHARE = 0.25  # of the memory that is free after loading
 ADAPTER_SHARE, ADAPTER_SHARE_CUDA = 0.1, 0.5  # on a GPU the cache has taken its part already
 
@@ -101,11 +103,23 @@ class Runner:
         self._pages: Callable[..., DevicePages] | None = None
         self._decode: DecodeGraphs | None = None
         if device.type == "cuda" and not plain:
-            if find_spec("triton") is None:  # it comes with torch's CUDA builds for Linux
-                print("attention: plain torch (Triton is not installed, so there are no kernels: pip install triton)")
-            else:
-                self.use_kernels(capture=not config.enforce_eager)
-                self._warm_up()
+            self._start_kernels()
+
+    def _start_kernels(self) -> None:
+        """Triton's kernels where they work: they need a C compiler and CUDA's driver library too. Torch's attention otherwise."""
+        if find_spec("triton") is None:  # it comes with torch's CUDA builds for Linux
+            print("attention: plain torch (Triton is not installed, so there are no kernels: pip install triton)")
+            return
+        try:
+            self.use_kernels(capture=not self.config.enforce_eager)
+            self._warm_up()
+        except (torch.AcceleratorError, torch.OutOfMemoryError):  # no other way would do better
+            raise
+        except Exception as error:
+            self._pages = self._decode = None
+            self.lora.use_torch()
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            print(f"attention: plain torch, which is slower (Triton's kernels do not work here: {reason})")
 
     def _adapter_memory(self) -> int:
         """Bytes for adapters: as told, else a share of what model and cache left free."""
@@ -129,17 +143,31 @@ class Runner:
         )
 
     def _warm_up(self) -> None:
-        """Compile the kernels of prefill and capture the graphs of decode before the first request; nothing is stored."""
+        """Compile the kernels and capture the graphs of decode before the first request; nothing is stored."""
         assert self._pages is not None and self._decode is not None
-        rows = min(64, self.max_model_len)
-        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        slices = [SequenceSlice(0, rows, 0, [0] * -(-rows // self.config.block_size))]
-        pages = self._pages(slices, rows, self.device)
-        self.bridge.forward(ForwardBatch(zeros, zeros, zeros - 1, slices, zeros[:1], pages=pages), self.cache)
-        started = time.monotonic()
+        for rows, processors in itertools.product((1, min(WARM_ROWS, self.max_model_len)), (1, sys.maxsize)):
+            batch = self._blank(rows)
+            assert batch.pages is not None
+            batch.pages.processors = processors  # of one, the context is read in one go; of any number, in splits where it is long enough
+            self.bridge.forward(batch, self.cache)
         self._decode.capture_all()
-        if self._decode.capture:
-            print(f"CUDA graphs: {len(self._decode.sizes)} decode sizes captured in {time.monotonic() - started:.1f} s")
+
+    def warm_up_adapters(self) -> None:
+        """The same for batches with adapters like those that are loaded: not during a step."""
+        versions = self.lora.resident()
+        if self._decode is None or not versions:
+            return
+        self._decode.capture_all(versions)
+        batch = self._blank(min(WARM_ROWS, self.max_model_len))  # last: now all that any of them adapts is known
+        self.lora.set_batch([(versions[0], len(batch.input_ids))])
+        self.bridge.forward(batch, self.cache)
+
+    def _blank(self, rows: int) -> ForwardBatch:
+        """A sequence of the longest length, of whose end `rows` tokens are computed and not stored; what it reads is whatever is there."""
+        assert self._pages is not None
+        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        slices = [SequenceSlice(0, rows, self.max_model_len - rows, [0] * -(-self.max_model_len // self.config.block_size))]
+        return ForwardBatch(zeros, zeros, zeros - 1, slices, zeros[:1], pages=self._pages(slices, rows, self.device))
 
     def _size_cache(self) -> int:
         """Blocks of the cache: as told, else what all sequences could use at most, within a share of the free memory."""
@@ -151,6 +179,7 @@ class Runner:
             blocks = config.kv_cache_memory // block_bytes
         else:
             if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what loading, or a training around us, left with torch is free, but would count as taken
                 free, total = torch.cuda.mem_get_info(self.device)
                 budget = max(0, int(total * config.gpu_memory_utilization) - (total - free))
             else:

@@ -34,7 +34,7 @@ from swiftlite.kernels.steps import DTYPES, Kernels
 _MASK = 2**64 - 1
 BEST_ROWS = 32  # rows that are in fp32 at once
 TINY = 1e-30  # smaller wishes become 0 in float32: a top-p that keeps nothing, scores of -inf * 0
-CHUNK = 2**19  # logits that are worked on at once, so that they stay in the processor's cache
+CHUNK, CHUNK_CUDA = 2**19, 2**24  # logits that are worked on at once: they stay in the processor's cache, fill a GPU but not its memory
 
 
 def _mix(value: int) -> int:
@@ -308,7 +308,7 @@ class Sampler:
     def _draw(self, tokens: Tensor, logits: Tensor, best: Tensor, states: list[SamplingState], plan: _Plan) -> None:
         """Write a token for each row of plan.drawn into `tokens` [B]."""
         uniform = to_device([[states[row].uniform()] for row in plan.drawn], torch.float32, logits.device)
-        at_once = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(plan.drawn)
+        at_once = max(1, (CHUNK if logits.device.type == "cpu" else CHUNK_CUDA) // logits.shape[1])
         few = len(plan.drawn) if self._wait else plan.few
         for first, end, most in ((0, plan.free, 0), (plan.free, few, plan.most), (few, len(plan.drawn), 0)):
             for start in range(first, end, at_once):

@@ -20,6 +20,11 @@ def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def put(values: Tensor, target: Tensor) -> None:
+    """Copy a dense tensor on the host into one on the device, behind what that was told before, without waiting for it."""
+    target.copy_(values.pin_memory() if target.device.type == "cuda" else values, non_blocking=True)  # kept by torch as in `to_device`
+
+
 def put_tokens(ids: Tensor, places: list[tuple[int, int]], tokens: Tensor) -> None:
     """ids[row] = tokens[place] for each (row, place), on the device: ids [T] and tokens [S] int64.
 

@@ -5,6 +5,10 @@ group share every load of K and V. Its rows are (query, head of the group) pairs
 only those that some query of the task sees; few tasks over long contexts split their tiles among several programs, whose results
 a second kernel reduces. Softmax is online, in fp32 and base 2; products of float32 stay float32.
 
+Triton compiles a kernel anew for each kind of arguments: whether a pointer or a number is a multiple of 16, and each constant. What
+changes from batch to batch (widths of tables, addresses of their columns, the number of splits) is left out of that, so that all
+variants of a layer (few or many rows, split or not) are compiled before the first request.
+
 Invariants: what the batch holds (lengths, tables, slots) is read from tensors inside the kernels, never from arguments, so a
 launch may be captured in a CUDA graph and replayed; a key outside a sequence's own tokens, or beyond every window of the task, is
 not loaded at all; a sequence of length 0 (context -1, one query) writes zeros, which is what padding wants.
@@ -37,15 +41,18 @@ def dot(a, b, total):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_width"],
+    do_not_specialize_on_alignment=["query_start_ptr", "query_len_ptr", "context_len_ptr", "tables_ptr", "tasks_ptr"],
+)
 def _attend(
     q_ptr, out_ptr, keys_ptr, values_ptr,  # [T, H, DK], [T, H, DV], [N, G, S, DK], [N, G, S, DV]
-    part_ptr, weight_ptr,  # [P * QUERIES, H, SPLITS, DV] and [P * QUERIES, H, SPLITS] float32, only with SPLITS > 1
+    part_ptr, weight_ptr,  # [P * QUERIES, H, splits, DV] and [P * QUERIES, H, splits] float32, only when SPLIT
     query_start_ptr, query_len_ptr, context_len_ptr, tables_ptr, tasks_ptr,  # [B], [B], [B], [B, W], [P, 2] int32
     scale, softcap,
     q_token, q_head, out_token, out_head, k_block, k_group, k_slot, v_block, v_group, v_slot, table_width,  # strides
     GROUP: tl.constexpr, SIZE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, PAD_K: tl.constexpr, PAD_V: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, PAD_K: tl.constexpr, PAD_V: tl.constexpr,
 ):  # fmt: skip
     task, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(tasks_ptr + 2 * task)
@@ -66,7 +73,7 @@ def _attend(
     end = context + tl.minimum(first + QUERIES, count)  # keys low .. end - 1 are seen by some query of this task
     low = tl.maximum(context + first - WINDOW + 1, 0) if WINDOW > 0 else 0
     tile_low, tile_end = low // TILE, tl.cdiv(end, TILE)
-    share = tl.cdiv(tile_end - tile_low, SPLITS)
+    share = tl.cdiv(tile_end - tile_low, tl.num_programs(2))
     tile_low += split * share
     tile_end = tl.minimum(tile_low + share, tile_end)
 
@@ -101,28 +108,28 @@ def _attend(
 
     mixed = mixed / tl.where(total == 0, 1.0, total)[:, None]
     stored = valid[:, None] & (dv < DV)[None, :]
-    if SPLITS == 1:
+    if not SPLIT:
         tl.store(out_ptr + token[:, None] * out_token + head[:, None] * out_head + dv[None, :], mixed.to(out_ptr.dtype.element_ty), stored)
     else:
         heads = tl.num_programs(1) * GROUP
-        cell = ((task * QUERIES + row // GROUP).to(tl.int64) * heads + head) * SPLITS + split
+        cell = ((task * QUERIES + row // GROUP).to(tl.int64) * heads + head) * tl.num_programs(2) + split
         tl.store(part_ptr + cell[:, None] * DV + dv[None, :], mixed, stored)
         tl.store(weight_ptr + cell, best + tl.log2(total), valid)  # -inf where this split saw no key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["query_start_ptr", "query_len_ptr", "tasks_ptr"])
 def _reduce(
-    part_ptr, weight_ptr, out_ptr, query_start_ptr, query_len_ptr, tasks_ptr, out_token, out_head,
-    DV: tl.constexpr, SPLITS: tl.constexpr, QUERIES: tl.constexpr, PAD_V: tl.constexpr,
+    part_ptr, weight_ptr, out_ptr, query_start_ptr, query_len_ptr, tasks_ptr, splits, out_token, out_head,
+    DV: tl.constexpr, MOST: tl.constexpr, QUERIES: tl.constexpr, PAD_V: tl.constexpr,
 ):  # fmt: skip
     cell_row, head = tl.program_id(0), tl.program_id(1)
     task = cell_row // QUERIES
     sequence = tl.load(tasks_ptr + 2 * task)
     query = tl.load(tasks_ptr + 2 * task + 1) + cell_row % QUERIES
     if query < tl.load(query_len_ptr + sequence):
-        split, dv = tl.arange(0, SPLITS), tl.arange(0, PAD_V)
-        cell = (cell_row.to(tl.int64) * tl.num_programs(1) + head) * SPLITS + split
-        weight = tl.load(weight_ptr + cell)
+        split, dv = tl.arange(0, MOST), tl.arange(0, PAD_V)
+        cell = (cell_row.to(tl.int64) * tl.num_programs(1) + head) * splits + split
+        weight = tl.load(weight_ptr + cell, split < splits, other=float("-inf"))
         best = tl.max(weight, 0)
         weight = tl.exp2(weight - tl.where(best == float("-inf"), 0.0, best))
         part = tl.load(part_ptr + cell[:, None] * DV + dv[None, :], (weight > 0)[:, None] & (dv < DV)[None, :], other=0.0)
@@ -185,8 +192,9 @@ def shape_for(layer: AttentionLayer, itemsize: int, longest: int) -> Shape:
     dims = pad(layer.head_dim) + pad(layer.value_dim)
     rows = 16 if longest * group <= 16 else 64 if itemsize < 4 else 32  # float32 runs without tensor cores and takes more registers
     rows = max(rows, triton.next_power_of_2(group))
+    warps = 4 if itemsize < 4 and (rows == 16 or dims <= 512) else 8  # wider rows of results do not fit the registers of four
     tile = max(16, min(128 if rows == 16 else 64, TILE_BYTES // (dims * itemsize)))
-    return Shape(rows, rows // group, 1 << (tile.bit_length() - 1), 4 if itemsize < 4 else 8, 3 if rows == 16 else 2)
+    return Shape(rows, rows // group, 1 << (tile.bit_length() - 1), warps, 3 if rows == 16 else 2)
 
 
 def choose_splits(programs: int, context: int, tile: int, processors: int) -> int:
@@ -216,13 +224,13 @@ def attend(
         layer.scale, layer.softcap or 1.0,
         *q.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3], batch.tables.stride(0),
         group, keys.shape[2], layer.head_dim, layer.value_dim, layer.window or 0, layer.softcap is not None,
-        splits, shape.rows, shape.queries, shape.tile, pad(layer.head_dim), pad(layer.value_dim),
+        splits > 1, shape.rows, shape.queries, shape.tile, pad(layer.head_dim), pad(layer.value_dim),
         num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         _reduce[(count * shape.queries, layer.heads)](
-            part, weight, out, batch.query_start, batch.query_len, tasks, *out.stride()[:2],
-            layer.value_dim, splits, shape.queries, pad(layer.value_dim), num_warps=4, enable_fp_fusion=True,
+            part, weight, out, batch.query_start, batch.query_len, tasks, splits, *out.stride()[:2],
+            layer.value_dim, MAX_SPLITS, shape.queries, pad(layer.value_dim), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ adapter's weights lie and how large its rank is, the kernels read from tables in
 of different ranks and targets share a launch, and a captured launch serves whatever the tables say at its replay. Linears with one
 input (q/k/v, gate/up) share the shrink; expand runs over one part, or over all parts of a fused linear at once.
 
-The depth of the shrink is cut among SPLITS programs whose partial sums expand adds in order: no atomics, the same result each time.
+The depth of the shrink is cut among `splits` programs whose partial sums expand adds in order: no atomics, the same result each time.
 Sums are in float32; h is rounded to the weights' dtype before B, as the reference (`lora_ops.reference`) rounds it.
 This module does not know names, versions or requests (lora_cuda.py has the tables).
 """
@@ -38,10 +38,10 @@ def _weights(address_ptr, entry, slot, stride, like_ptr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["group"])
 def _shrink(
-    x_ptr, h_ptr, tasks_ptr,  # [T, K], [SPLITS, T, C] float32, [P, 4] int32: first row, rows, stack, slot
+    x_ptr, h_ptr, tasks_ptr,  # [T, K], [splits, T, C] float32, [P, 4] int32: first row, rows, stack, slot
     a_ptr, rank_ptr, stride_ptr,  # [stacks, groups] int64 and int32, [stacks] int64
     group, groups, width, x_row, h_split, h_row,
-    SPLITS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     task, split = tl.program_id(0), tl.program_id(1)
     first, count = tl.load(tasks_ptr + 4 * task), tl.load(tasks_ptr + 4 * task + 1)
@@ -55,7 +55,7 @@ def _shrink(
         for start in range(0, rank, RANKS):
             r = start + tl.arange(0, RANKS)
             total = tl.zeros([ROWS, RANKS], tl.float32)
-            for depth in range(split * DEPTH, width, SPLITS * DEPTH):
+            for depth in range(split * DEPTH, width, tl.num_programs(1) * DEPTH):
                 k = depth + tl.arange(0, DEPTH)
                 x = tl.load(x_ptr + token[:, None] * x_row + k[None, :], (row < count)[:, None] & (k < width)[None, :], other=0.0)
                 weight = tl.load(a + r[None, :] * width + k[:, None], (r < rank)[None, :] & (k < width)[:, None], other=0.0)
@@ -64,13 +64,13 @@ def _shrink(
             tl.store(h, total, (row < count)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["group", "part"])
+@triton.jit(do_not_specialize=["group", "part", "splits"])
 def _expand(
-    h_ptr, y_ptr, tasks_ptr,  # [SPLITS, T, C] float32, [T, columns], [P, 4] int32
+    h_ptr, y_ptr, tasks_ptr,  # [splits, T, C] float32, [T, columns], [P, 4] int32
     b_ptr, rank_ptr, start_ptr, stride_ptr,  # [stacks, groups, parts] int64, int32, int32 (first column in h), [stacks] int64
     out_ptr,  # [groups, parts, 2] int32: first column of the part in a fused y, its width
-    group, groups, part, parts, h_split, h_row, y_row,
-    FUSED: tl.constexpr, SPLITS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+    group, groups, part, parts, splits, h_split, h_row, y_row,
+    FUSED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     task = tl.program_id(0)
     part += tl.program_id(2)
@@ -93,7 +93,7 @@ def _expand(
                 r = start + tl.arange(0, RANKS)
                 inside = (row < count)[:, None] & (r < rank)[None, :]
                 h = tl.zeros([ROWS, RANKS], tl.float32)
-                for split in range(SPLITS):
+                for split in range(splits):
                     h += tl.load(h_at + split * h_split + r[None, :], inside, other=0.0)
                 seen = (r < rank)[:, None] & (column < width)[None, :]
                 weight = tl.load(b + r[:, None] * width + column[None, :], seen, other=0.0)
@@ -133,7 +133,7 @@ def shrink(x: Tensor, tables: Tables, group: int, tasks: Tensor, rows: int, colu
     h = torch.empty(splits, x.shape[0], columns, dtype=torch.float32, device=x.device)
     _shrink[(tasks.shape[0], splits)](
         x, h, tasks, tables.a, tables.total, tables.stride, group, tables.a.shape[1], x.shape[1], x.stride(0), *h.stride()[:2],
-        splits, aligned, rows, RANKS, DEPTH, num_warps=4, enable_fp_fusion=True,
+        aligned, rows, RANKS, DEPTH, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return h
 
@@ -142,6 +142,6 @@ def expand(h: Tensor, y: Tensor, tables: Tables, group: int, parts: range, width
     """y [T, out] += h B for one part, or for all `parts` of a fused linear, y [T, sum of outs]. `width` is the widest part's."""
     _expand[(tasks.shape[0], triton.cdiv(width, COLUMNS), len(parts))](
         h, y, tasks, tables.b, tables.rank, tables.start, tables.stride, tables.out,
-        group, tables.a.shape[1], parts.start, tables.b.shape[2], *h.stride()[:2], y.stride(0),
-        len(parts) > 1, h.shape[0], aligned, rows, RANKS, COLUMNS, num_warps=4, enable_fp_fusion=True,
+        group, tables.a.shape[1], parts.start, tables.b.shape[2], h.shape[0], *h.stride()[:2], y.stride(0),
+        len(parts) > 1, aligned, rows, RANKS, COLUMNS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

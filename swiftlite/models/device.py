@@ -37,6 +37,13 @@ def choose_device(flag: str = "auto") -> torch.device:
     return device
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU the calling thread's own: each thread begins with the first one, where Triton would launch and events and pinned
+    memory would be made. At the start of every thread that works for an engine."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def available_cores() -> int:
     """Cores this process may use: affinity mask and cgroup v2 quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity

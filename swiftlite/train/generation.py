@@ -90,12 +90,25 @@ class GenerationScore:
     ranks: Ranks
 
     def __call__(self, stopped: Stopped) -> dict[str, float] | None:
-        """{eval_exact_match, eval_rouge-l} over all questions; None when `stopped` said so before all were answered."""
+        """{eval_exact_match, eval_rouge-l} over all questions; None when `stopped` said so before all were answered.
+
+        Empty, with a printed reason, where some could not be answered: what fits at the start may not fit beside an optimizer.
+        """
         mine = self.questions[self.ranks.rank :: self.ranks.world]
         alone = self.ranks.world == 1  # of several processes none may leave by itself
-        answers = self.answer([question.prompt for question in mine], stopped if alone else lambda: False) if mine else []
+        failure = ""
+        answers: list[str] | None = []
+        try:
+            answers = self.answer([question.prompt for question in mine], stopped if alone else lambda: False) if mine else []
+        except SwiftError as error:
+            failure = f"{error.what} {error.why}"
         if answers is None:
             return None
-        pairs = [(plain(answer), plain(question.reference)) for answer, question in zip(answers, mine, strict=True)]
-        sums = self.ranks.gather((sum(a == b for a, b in pairs), sum(rouge_l(a, b) for a, b in pairs)))
-        return {name: sum(parts) / len(self.questions) for name, parts in zip((EXACT, ROUGE), zip(*sums, strict=True), strict=True)}
+        pairs = [(plain(answer), plain(question.reference)) for answer, question in zip(answers, mine, strict=not failure)]
+        exact, rouge = sum(a == b for a, b in pairs), sum(rouge_l(a, b) for a, b in pairs)
+        *sums, failures = zip(*self.ranks.gather((exact, rouge, failure)), strict=True)
+        if any(failures):
+            if self.ranks.first:
+                print(f"note: this evaluation is the loss alone, as rows could not be answered: {next(filter(None, failures))}")
+            return {}
+        return {name: sum(parts) / len(self.questions) for name, parts in zip((EXACT, ROUGE), sums, strict=True)}

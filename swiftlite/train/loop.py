@@ -331,6 +331,8 @@ class Trainer:
         self.logbook.evaluation({**values, "epoch": self._epoch(), "global_step": self.progress.step})
         self.row_time = time.perf_counter()
         metric = self.settings.best_metric
+        if metric not in values:  # the rows could not be answered this time
+            return False
         return self.progress.judge(values[metric], metric == "eval_loss", self._place())
 
     # -- checks --------------------------------------------------------------------------------------------------------
