@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from conftest import FAMILIES
+from safetensors.torch import load_file, save_file
 from test_attention_native import needs_compiler
 from test_runner import CPU, Item, Seq, make_runner, prompts_for
 from torch import nn
@@ -213,6 +216,27 @@ def test_whole_layers(family: str, layers: int, make_model) -> None:
     """Layers of these kinds run as one; others keep their own forward."""
     runner = make_runner(make_model(family))
     assert runner.fused_layers == layers
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3", "glm4", "olmo2", "exaone4", "granite"])
+def test_each_norm_is_where_it_belongs(family: str, make_model, tmp_path) -> None:
+    """With weights of their own: the norms of a new model are all alike, whichever is taken for which."""
+    path = shutil.copytree(make_model(family), tmp_path / "model")
+    torch.manual_seed(0)
+    weights = load_file(path / "model.safetensors")
+    for name, weight in weights.items():
+        if "norm" in name:
+            weight += 0.3 * torch.randn(weight.shape)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    fast, plain = (Runner(path, EngineConfig(num_blocks=80, block_size=4), torch.float32, CPU, plain=flag) for flag in (False, True))
+    assert fast.fused_layers == 3
+    items = [Item(Seq(prompts_for(fast.vocab_size, [40])[0], list(range(10))), 0, 40)]
+    torch.testing.assert_close(fast.execute(items), plain.execute(items), rtol=2e-4, atol=2e-4)
+
+
+def test_a_limit_of_queries_and_keys_is_left_to_the_model(make_model) -> None:
+    """The few tokens of the check may all be within it."""
+    assert make_runner(make_model("olmoe", clip_qkv=8.0)).fused_layers == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ MLP's place and is another kind, as experts are, is called as it is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftlite.engine.attention_cpu import SequenceSlice
-from swiftlite.engine.attention_native import HeadSteps
+from swiftlite.engine.attention_native import HeadSteps, NativeBatch
 from swiftlite.engine.bridge import Bridge, ForwardBatch, Pages
 from swiftlite.engine.kv import KVCache
 from swiftlite.engine.staged import Linears, Parts, Room, Stack, Steps
@@ -37,6 +38,7 @@ NORMS: dict[frozenset[str], tuple[str | None, str | None, str | None, str | None
 }
 QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))  # attention's first linears
 HEAD_NORMS = {"q_norm", "k_norm"}
+_WATCHING = threading.Lock()  # a modeling file has one rotary function for all of its models
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,10 @@ class _Rotations:
 
 def fuse_layers(bridge: Bridge, fused: Fused) -> int:
     """Give every layer that qualifies the fused forward; returns how many have it (0 when the check fails)."""
-    if fused.rope is None:
+    # OLMoE's limit of q, k and v: a few tokens may all be within it
+    if fused.rope is None or bridge.model.config.get_text_config().to_dict().get("clip_qkv") is not None:
         return 0
-    with _watched(bridge, fused.rope) as seen:
+    with _WATCHING, _watched(bridge, fused.rope) as seen:
         before = _trial(bridge)
     layers = [layer for layer in (_qualify(module, bridge, fused, seen) for module in seen.tables) if layer is not None]
     if not layers:
@@ -83,7 +86,7 @@ def fuse_layers(bridge: Bridge, fused: Fused) -> int:
         layer.module.forward = _forward(layer, stack, fused)  # type: ignore[method-assign]
     try:
         after = _trial(bridge)
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, IndexError, KeyError):
         after = None
     tolerance = (1e-4 if before.dtype == torch.float32 else 0.02) * before.abs().max().item()
     if after is not None and after.shape == before.shape and (after - before).abs().max().item() <= tolerance:
@@ -159,7 +162,7 @@ def _qualify(module: nn.Module, bridge: Bridge, fused: Fused, seen: _Rotations) 
         else:
             return None
     rotation = fused.rotation if module in seen.rotated else NO_ROTATION
-    factor = vars(module).get("residual_multiplier", 1.0)  # Granite's
+    factor = vars(module).get("residual_multiplier", 1.0)  # of granite, granitemoe and their like; no other family has one
     before, of_attention, between, of_mlp = norms
     activation = Activation.SILU if gate is None else gate.activation
     steps = Steps(layer, HeadSteps(heads, rotation), whole, before, of_attention, between, of_mlp, factor, activation)
@@ -203,7 +206,7 @@ def _forward(layer: _Layer, stack: Stack | None, fused: Fused) -> Callable[..., 
 
     def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, swift_pages: Any = None, **kwargs: Any) -> Any:
         native = swift_pages.native if type(swift_pages) is Pages else None
-        if native is None or args or hidden_states.shape[0] != 1 or not _fit(position_embeddings, rotation, hidden_states.dtype):
+        if native is None or args or hidden_states.shape[0] != 1 or not _fit(position_embeddings, rotation, hidden_states.dtype, native):
             return stock(hidden_states, *args, position_embeddings=position_embeddings, swift_pages=swift_pages, **kwargs)
         cos, sin = position_embeddings
         if first:
@@ -227,6 +230,12 @@ def _forward(layer: _Layer, stack: Stack | None, fused: Fused) -> Callable[..., 
     return forward
 
 
-def _fit(tables: Any, rotation: Rotation, dtype: torch.dtype) -> bool:
-    """Whether cos and sin are those of the rotation."""
-    return tables is not None and tables[0].shape[0] == 1 and rotation.has(tables[0], dtype) and tables[0].is_contiguous()
+def _fit(tables: Any, rotation: Rotation, dtype: torch.dtype, native: NativeBatch) -> bool:
+    """Whether cos and sin are those of the rotation, and rows of the dtype that everything here is in."""
+    return (
+        dtype == native.cache.dtype
+        and tables is not None
+        and tables[0].shape[0] == 1
+        and rotation.has(tables[0], dtype)
+        and tables[0].is_contiguous()
+    )

@@ -113,7 +113,7 @@ class Runner:
         try:
             self.use_kernels(capture=not self.config.enforce_eager)
             self._warm_up()
-        except (torch.AcceleratorError, torch.OutOfMemoryError):  # no other way would do better
+        except (torch.AcceleratorError, torch.OutOfMemoryError, AssertionError):  # no other way would do better, or our own mistake
             raise
         except Exception as error:
             self._pages = self._decode = None

@@ -100,6 +100,7 @@ class Kernels:
 
     def add_norm(self, a: Tensor, b: Tensor, of: Norm | None, then: Norm | None, factor: float) -> tuple[Tensor, Tensor]:
         """a + factor * (norm `of` b), and norm `then` of that, for [1, T, D]; where a norm is None, there is none."""
+        assert a.shape == b.shape and a.dtype == b.dtype
         a, b = a.contiguous(), b.contiguous()
         total = torch.empty_like(a)
         out = total if then is None else torch.empty_like(a)

@@ -173,7 +173,11 @@ def _gate_kind(module: nn.Module, first: tuple[str, ...], activation: nn.Module,
         return None
     one, other = _probes(1, 4, linears[0].out_features // (3 - len(first)), dtype=dtype)[:2]
     known = (Activation.SILU,) if kernels.differentiable else tuple(Activation)
-    kind = next((kind for kind in known if _same(kernels.gate(one, other, kind), activation(one) * other)), None)
+    try:
+        wanted = activation(one) * other
+    except (RuntimeError, TypeError):  # not an activation
+        return None
+    kind = next((kind for kind in known if _same(kernels.gate(one, other, kind), wanted)), None)
     if kind is None:
         return None
     found = Gate(first, kind)
@@ -197,7 +201,7 @@ class Rope:
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.watch is not None:
             self.watch()
-        running = next((one for one in self.running.values() if one[0] is cos), None)
+        running = next((one for one in tuple(self.running.values()) if one[0] is cos), None)
         if running is None or args or kwargs or not q.stride(-1) == k.stride(-1) == 1 or q.dtype != k.dtype:
             return self.stock(q, k, cos, sin, *args, **kwargs)
         _, kernels, rotation = running
