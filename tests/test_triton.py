@@ -22,7 +22,13 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 def run(*arguments: str, **environment: str) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
-    done = subprocess.run([sys.executable, *arguments], cwd=HERE.parent, env={**env, **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=HERE.parent,
+        env={**env, "PYTHONPATH": str(HERE.parent), **environment},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
 
