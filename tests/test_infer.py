@@ -82,6 +82,7 @@ def start(*arguments: str) -> subprocess.Popen:
         [sys.executable, "-m", "swiftlite.cli", "infer", *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs the tests in the background
     )  # fmt: skip
 
 
