@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,18 @@ def test_of_two_loads_at_one_time_the_last_gives_back_what_was() -> None:
     finally:
         logging.set_verbosity(before[0])
         (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+
+
+def test_models_of_two_dtypes_may_load_at_one_time(make_model: Callable[..., Path]) -> None:
+    """transformers makes a model with the dtype of the whole process set to its own."""
+    import torch
+
+    from swiftlite.models.loading import load_model
+
+    path, dtypes = make_model("qwen3"), [torch.float32, torch.bfloat16] * 8
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda dtype: load_model(path, dtype, torch.device("cpu"), "sdpa"), dtypes))
+    assert [{parameter.dtype for parameter in model.parameters()} for model in models] == [{dtype} for dtype in dtypes]
 
 
 def test_a_process_of_ours_has_no_distributed_tensors(make_model: Callable[..., Path]) -> None:

@@ -117,8 +117,7 @@ class NativeBatch:
         return out
 
     def give(self, args: Args, layer: AttentionLayer, rotation: tuple[Tensor, Tensor] | None) -> None:
-        """What of `args` is the batch's: where its rows are stored and what they see, and their rotation's cosines and
-        sines, contiguous."""
+        """What of `args` is the batch's: where its rows are stored, what they see, and cosines and sines (contiguous) of `rotation`."""
         own, index = self.args, layer.index
         if args is not own:
             args.slots, args.tables, args.sequences = own.slots, own.tables, own.sequences

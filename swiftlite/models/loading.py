@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-_LOADING = threading.Lock()  # transformers makes models with settings of the whole process
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 _before: list[tuple[int, bool]] = []  # what transformers showed before the first of the loads that run now, once for each of them
 _changing = threading.Lock()
+_making = threading.Lock()  # of one model at a time: transformers sets the dtype of the whole process for it
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device, atten
     if quantization.get("quant_method") == "compressed-tensors":
         config.quantization_config = {**quantization, "dequantize": True}
     try:
-        with _LOADING, quiet(), compiler_later():
+        with _making, quiet(), compiler_later():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, dtype=dtype, device_map=None if device.type == "cpu" else {"": device},
                 attn_implementation=attention, trust_remote_code=False, local_files_only=True, output_loading_info=True, **kwargs,
