@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import kernel_builds
 import pytest
 
 from tests.pair import Pair
@@ -157,6 +159,26 @@ def make_model(tmp_path_factory: pytest.TempPathFactory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def older_kernels(tmp_path_factory: pytest.TempPathFactory):
+    """older_kernels(library, name) -> the file of a library as kernel_builds.RUN[name] has it; built once."""
+    from swiftlite.kernels.build import build
+
+    folder = tmp_path_factory.mktemp("kernels")
+    return lambda library, name: build(library, folder, kernel_builds.RUN[name])
+
+
+@pytest.fixture(scope="module", params=["here", *(name for name in kernel_builds.RUN if name != "avx2")])
+def panels(request: pytest.FixtureRequest, older_kernels):
+    """`Panels` of this machine's kernels, and on one with a matrix unit also of those by vectors."""
+    from swiftlite.engine.panels import Panels
+    from swiftlite.kernels.build import load_library
+
+    if request.param == "here":
+        return Panels(load_library())  # type: ignore[arg-type]
+    return Panels(ctypes.CDLL(str(older_kernels("engine", request.param))))
 
 
 @pytest.fixture(scope="session")

@@ -64,9 +64,9 @@ def test_equals_the_textbook_and_torch(geometry: str, window: int | None, softca
 
 
 @pytest.fixture(scope="module", params=kernel_builds.RUN)
-def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def older(request: pytest.FixtureRequest, older_kernels) -> Path:
     """The library as a machine with fewer instructions builds it."""
-    return native.build("engine", tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param])
+    return older_kernels("engine", request.param)
 
 
 @needs_compiler

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-import kernel_builds
 import pytest
 import torch
 from test_runner import CPU, Item, Seq, generate, prompts_for
@@ -19,19 +17,11 @@ from swiftlite.engine.experts import PackedExperts, pack_experts
 from swiftlite.engine.panels import Panels
 from swiftlite.engine.runner import Runner
 from swiftlite.engine.staged import Room
-from swiftlite.kernels.build import build, load_library
+from swiftlite.kernels.build import load_library
 from swiftlite.models.packed import mapped_files
 
 library = load_library()
 pytestmark = pytest.mark.skipif(library is None or not Panels(library).size(1, 2), reason="needs a compiler and a CPU with AVX512-BF16")
-
-
-@pytest.fixture(scope="module", params=["here", *(name for name in kernel_builds.RUN if name != "avx2")])
-def panels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Panels:
-    """This machine's kernels, and on one with a matrix unit also those of the vectors."""
-    if request.param == "here":
-        return Panels(library)  # type: ignore[arg-type]
-    return Panels(ctypes.CDLL(str(build("engine", tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
 
 
 class Stock(nn.Module):

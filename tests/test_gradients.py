@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swiftlite.data.store import Sample
-from swiftlite.kernels.build import build
 from swiftlite.kernels.gradients import Gradients, gradients
 from swiftlite.kernels.steps import Rotation
 from swiftlite.models import attention_blocks, segments
@@ -33,12 +32,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module", params=["here", *kernel_builds.RUN])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gradients:
+def kernels(request: pytest.FixtureRequest, older_kernels) -> Gradients:
     if request.param == "here":
         found = gradients()
         assert found is not None
         return found
-    return Gradients(ctypes.CDLL(str(build("steps", tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
+    return Gradients(ctypes.CDLL(str(older_kernels("steps", request.param))))
 
 
 def close(dtype: torch.dtype, scale: Tensor) -> dict:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-
-import kernel_builds
 import pytest
 import torch
 
 from swiftlite.engine.panels import Panels, PanelWeight, choose_pack
-from swiftlite.kernels.build import build, load_library
+from swiftlite.kernels.build import load_library
 from swiftlite.kernels.stages import Run
 from swiftlite.kernels.steps import Activation, Kernels
 from swiftlite.models.packed import OneDnnWeight
 
 library = load_library()
 pytestmark = pytest.mark.skipif(library is None or not Panels(library).size(1, 2), reason="needs a compiler and a CPU with AVX512-BF16")
-
-
-@pytest.fixture(scope="module", params=["here", *(name for name in kernel_builds.RUN if name != "avx2")])
-def panels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Panels:
-    """This machine's product, and on one with a matrix unit also that of the vectors."""
-    if request.param == "here":
-        return Panels(library)  # type: ignore[arg-type]
-    return Panels(ctypes.CDLL(str(build("engine", tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 12, 13, 24, 31, 33, 100, 300])

@@ -25,7 +25,7 @@ INT8 = EngineConfig(quantization="int8")
 
 
 @pytest.fixture(scope="module", params=["kernel", *kernel_builds.RUN, "torch"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels | None:
+def kernels(request: pytest.FixtureRequest, older_kernels) -> Kernels | None:
     """The kernels of this machine, those of one with fewer instructions, and none."""
     if request.param == "torch":
         return None
@@ -33,7 +33,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("needs a C++ compiler")
     if request.param == "kernel":
         return Kernels(HERE)
-    return Kernels(ctypes.CDLL(str(native.build("engine", tmp_path_factory.mktemp("kernels"), kernel_builds.RUN[request.param]))))
+    return Kernels(ctypes.CDLL(str(older_kernels("engine", request.param))))
 
 
 def make(kernels: Kernels | None, n: int, k: int, seed: int = 0) -> tuple[PlainInt8 | PanelInt8, torch.Tensor]:
